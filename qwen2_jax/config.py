@@ -1,0 +1,205 @@
+"""What a Qwen2 model is: frozen dataclasses, one per concern. Standard library only.
+
+Reading and writing Hugging Face's `config.json` lives in `checkpoint/hf_config.py`; every published model is in `presets.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen2_jax.errors import UserError
+
+RopeKind = Literal["default", "linear", "yarn"]
+HeadKind = Literal["lm", "score", "reward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. `factor` and what follows matter to `linear` and `yarn` only.
+
+    `when="long"` keeps plain RoPE for a request whose prompt and new tokens fit `original_max_position`, and scales
+    only longer ones; `"always"` is the static rule of transformers and vLLM.
+    """
+
+    theta: float
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    when: Literal["always", "long"] = "always"
+
+    def __post_init__(self):
+        _need(self.theta > 0, f"rope_theta must be positive, found {self.theta}")
+        _need(self.kind in ("default", "linear", "yarn"), f"rope_type '{self.kind}' is not supported: default, linear, yarn are")
+        _need(self.when in ("always", "long"), f"rope_when '{self.when}' is not supported: always, long are")
+        if self.kind != "default":
+            _need(self.factor >= 1, f"rope factor must be at least 1, found {self.factor}")
+        if self.kind == "yarn":
+            _need(bool(self.original_max_position), "yarn needs original_max_position_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Sparse mixture-of-experts block with one shared expert (Qwen2 report, section 2.2.2).
+
+    Layer i is sparse when it is not in `dense_layers` and (i + 1) % `sparse_step` == 0.
+    """
+
+    experts: int
+    top_k: int
+    d_expert: int
+    d_shared: int
+    norm_topk_prob: bool = False
+    aux_loss_coef: float = 0.001
+    sparse_step: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _need(1 <= self.top_k <= self.experts, f"num_experts_per_tok {self.top_k} must lie between 1 and num_experts {self.experts}")
+        for name, value in (("moe_intermediate_size", self.d_expert), ("shared_expert_intermediate_size", self.d_shared)):
+            _need(value > 0, f"{name} must be positive, found {value}")
+        _need(self.sparse_step >= 1, f"decoder_sparse_step must be at least 1, found {self.sparse_step}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """Sliding-window attention as Hugging Face's files state it; `ModelConfig.windowed_layers` applies the rule.
+
+    `size` 0 or None, or `enabled` false, means full attention everywhere. An explicit `layer_types` wins over the
+    rule that `max_window_layers` gives.
+    """
+
+    enabled: bool = False
+    size: int | None = None
+    max_window_layers: int = 0
+    layer_types: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualChunkConfig:
+    """Dual chunk attention of the 1M models. Up to `chunk_size` tokens it is the identity; longer ones are refused for now."""
+
+    chunk_size: int
+    local_size: int
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Consecutive layers of one kind; they share one stack of parameters named `layers_{start}`."""
+
+    start: int
+    length: int
+    sparse: bool
+
+    @property
+    def name(self) -> str:
+        return f"layers_{self.start}"
+
+    @property
+    def layers(self) -> range:
+        return range(self.start, self.start + self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder of the Qwen2 family. Nothing that changes the numbers has a default.
+
+    `head` is what sits on the last hidden state: `lm` the vocabulary head; `score` the bias-free linear layer of
+    `Qwen2ForSequenceClassification`; `reward` the two-layer head of Qwen2-Math-RM.
+    """
+
+    vocab: int
+    layers: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    norm_eps: float
+    rope: RopeConfig
+    max_position: int
+    window: WindowConfig = WindowConfig()
+    moe: MoeConfig | None = None
+    dual_chunk: DualChunkConfig | None = None
+    head: HeadKind = "lm"
+    labels: int = 1
+    init_std: float = 0.02
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        sizes = ("vocab", "layers", "d_model", "d_ff", "heads", "kv_heads", "head_dim", "max_position", "labels")
+        for name in sizes:
+            value = getattr(self, name)
+            _need(isinstance(value, int) and value > 0, f"{HF_FIELD.get(name, name)} must be a positive whole number, found {value!r}")
+        _need(self.heads % self.kv_heads == 0,
+              f"num_attention_heads {self.heads} is not a multiple of num_key_value_heads {self.kv_heads}")
+        _need(self.head_dim % 2 == 0, f"head_dim must be even for rotary embedding, found {self.head_dim}")
+        _need(self.norm_eps >= 0, f"rms_norm_eps must not be negative, found {self.norm_eps}")
+        _need(self.head in ("lm", "score", "reward"), f"head '{self.head}' is not supported: lm, score, reward are")
+        if self.window.layer_types is not None:
+            _need(len(self.window.layer_types) == self.layers,
+                  f"layer_types has {len(self.window.layer_types)} entries for num_hidden_layers {self.layers}")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def tied_head(self) -> bool:
+        return self.tied and self.head == "lm"
+
+    def is_sparse(self, layer: int) -> bool:
+        moe = self.moe
+        return moe is not None and layer not in moe.dense_layers and (layer + 1) % moe.sparse_step == 0
+
+    def layer_runs(self, *, stacked: bool = True) -> tuple[LayerRun, ...]:
+        """Layers in order, grouped into runs of equal kind; `stacked=False` gives one run a layer.
+
+        Stacked runs are scanned: one compiled layer whatever the depth, which suits accelerators. XLA for CPU copies
+        each layer's slice out of a stack before it multiplies, four times slower at decoding (docs/architecture.md),
+        so CPU programs use one run a layer.
+        """
+        runs: list[LayerRun] = []
+        for i in range(self.layers):
+            sparse = self.is_sparse(i)
+            if stacked and runs and runs[-1].sparse == sparse:
+                runs[-1] = dataclasses.replace(runs[-1], length=runs[-1].length + 1)
+            else:
+                runs.append(LayerRun(i, 1, sparse))
+        return tuple(runs)
+
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Whether each layer attends within `window.size` only, by transformers' rules (dense and MoE differ)."""
+        w = self.window
+        if not w.enabled or not w.size:
+            return (False,) * self.layers
+        if w.layer_types is not None:
+            return tuple(kind == "sliding_attention" for kind in w.layer_types)
+        if self.moe is None:
+            return tuple(i >= w.max_window_layers for i in range(self.layers))
+        return tuple(bool((i + 1) % 2) and i < w.max_window_layers for i in range(self.layers))
+
+
+HF_FIELD = {
+    "vocab": "vocab_size", "layers": "num_hidden_layers", "d_model": "hidden_size", "d_ff": "intermediate_size",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "max_position": "max_position_embeddings", "labels": "num_labels",
+}
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
