@@ -1,0 +1,75 @@
+"""What every test gets: eight CPU devices, strict shapes and dtypes, a compilation cache, seconds per file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = "--xla_force_host_platform_device_count=8"
+
+# Read when JAX starts, hence set before its import.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from qwen2_jax.cli.compilation_cache import enable_compilation_cache  # noqa: E402
+
+# Adding [D] to [B, T, D] must be written out, and bfloat16 must never turn into float32 unasked.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+enable_compilation_cache(ROOT / ".pytest_cache" / "jax")
+
+seconds_by_file: defaultdict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report):
+    """Setup, call and teardown all count for the file."""
+    seconds_by_file[report.nodeid.partition("::")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("seconds per file")
+    for file, seconds in sorted(seconds_by_file.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{seconds:8.1f}  {file}")
+    terminalreporter.write_line(f"{sum(seconds_by_file.values()):8.1f}  all")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the repository, which a user's clone does not have."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no reference data at ../shared")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def process_env(tmp_path_factory) -> dict[str, str]:
+    """The environment of a user's process: one CPU device, no strictness, a compilation cache of its own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "QWEN2_JAX_"))}
+    env["XLA_FLAGS"] = env["XLA_FLAGS"].replace(DEVICES, "").strip()
+    cache = tmp_path_factory.mktemp("cache")
+    return env | {"JAX_PLATFORMS": "cpu", "QWEN2_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def run_cli(process_env):
+    """`run_cli("info", folder)`: the command in a process of its own, as a user starts it."""
+
+    def run(*argv: object, **options) -> subprocess.CompletedProcess[str]:
+        options = {"env": process_env, "text": True, "capture_output": True, "stdin": subprocess.DEVNULL,
+                   "timeout": 300} | options
+        return subprocess.run([sys.executable, "-m", "qwen2_jax", *map(str, argv)], **options)
+
+    return run
