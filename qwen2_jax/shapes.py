@@ -1,0 +1,91 @@
+"""Shapes of every parameter, and what they add up to, from a `ModelConfig` alone. Standard library only.
+
+The tree is the one of docs/architecture.md; the modules in `model/` declare the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen2_jax.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """Numbers of parameters.
+
+    `non_embedding` leaves out the embedding table and, when it is separate, the vocabulary head. `active` is what one
+    token passes through: of the routed experts only the `top_k` chosen ones.
+    """
+
+    total: int
+    non_embedding: int
+    active: int
+    active_non_embedding: int
+
+
+def param_shapes(cfg: ModelConfig, *, stacked: bool = True) -> dict[str, tuple[int, ...]]:
+    """Path → global shape of every parameter, in the order of the forward pass.
+
+    `stacked` as in `ModelConfig.layer_runs`: one stack a run of equal layers, or one of length 1 a layer.
+    """
+    D = cfg.d_model
+    shapes: dict[str, tuple[int, ...]] = {"embed/table": (cfg.vocab, D)}
+    for run in cfg.layer_runs(stacked=stacked):
+        layer = _attention(cfg) | (_sparse(cfg) if run.sparse else _dense(cfg))
+        shapes |= {f"{run.name}/{path}": (run.length, *shape) for path, shape in layer.items()}
+    shapes["norm/scale"] = (D,)
+    if cfg.head == "lm" and not cfg.tied_head:
+        shapes["head/table"] = (cfg.vocab, D)
+    elif cfg.head == "score":
+        shapes["score/weight"] = (cfg.labels, D)
+    elif cfg.head == "reward":
+        shapes |= {"reward/dense1": (D, D), "reward/dense1_bias": (D,)}
+        shapes |= {"reward/dense2": (1, D), "reward/dense2_bias": (1,)}
+    return shapes
+
+
+def count_params(cfg: ModelConfig) -> ParamCount:
+    """Numbers of parameters of the model with its own head, each stored tensor once."""
+    sizes = {path: math.prod(shape) for path, shape in param_shapes(cfg).items()}
+    total = sum(sizes.values())
+    embedding = sizes["embed/table"] + sizes.get("head/table", 0)
+    idle = 0
+    if cfg.moe is not None:
+        routed = sum(size for path, size in sizes.items() if path.endswith(("moe/gate", "moe/up", "moe/down")))
+        idle = routed // cfg.moe.experts * (cfg.moe.experts - cfg.moe.top_k)
+    return ParamCount(total, total - embedding, total - idle, total - embedding - idle)
+
+
+def kv_bytes_per_token(cfg: ModelConfig, *, itemsize: int = 2) -> int:
+    """Bytes that one token adds to the cache, keys and values of all layers; `itemsize` 2 is bfloat16."""
+    return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
+
+
+def _attention(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, NH, KH = cfg.d_model, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    return {
+        "attn_norm/scale": (D,),
+        "attn/q": (NH, D), "attn/q_bias": (NH,),
+        "attn/k": (KH, D), "attn/k_bias": (KH,),
+        "attn/v": (KH, D), "attn/v_bias": (KH,),
+        "attn/o": (D, NH),
+        "mlp_norm/scale": (D,),
+    }
+
+
+def _dense(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, F = cfg.d_model, cfg.d_ff
+    return {"mlp/gate": (F, D), "mlp/up": (F, D), "mlp/down": (D, F)}
+
+
+def _sparse(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    assert cfg.moe is not None
+    D, E, F, Fs = cfg.d_model, cfg.moe.experts, cfg.moe.d_expert, cfg.moe.d_shared
+    return {
+        "moe/router": (E, D),
+        "moe/gate": (E, F, D), "moe/up": (E, F, D), "moe/down": (E, D, F),
+        "moe/shared_gate": (Fs, D), "moe/shared_up": (Fs, D), "moe/shared_down": (D, Fs),
+        "moe/shared_router": (1, D),
+    }
