@@ -1,0 +1,1 @@
+"""Pure per-device arithmetic. No flax, no parameters of its own."""

@@ -1,0 +1,1 @@
+"""Meshes, the table of logical axes, and the collectives."""

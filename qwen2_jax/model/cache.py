@@ -1,0 +1,38 @@
+"""The key-value cache: one pair of arrays a run of layers, [R, B, K, S, H].
+
+Slot s of a row holds its s-th token. Right-padded prompts leave garbage beyond their end; it is never seen, because a
+query sees slots up to its own only, and each new token overwrites its slot before it is attended to.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.ops.attention import KEY_BLOCK
+
+
+def cache_slots(tokens: int) -> int:
+    """The smallest legal cache length that holds `tokens`."""
+    return -(-tokens // KEY_BLOCK) * KEY_BLOCK
+
+
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype, *, stacked: bool) -> dict:
+    """Zeros for `batch` rows of `slots` tokens; the same run names as the parameters."""
+    def leaf(run):
+        return jnp.zeros((run.length, batch, cfg.kv_heads, slots, cfg.head_dim), dtype)
+
+    return {run.name: {"k": leaf(run), "v": leaf(run)} for run in cfg.layer_runs(stacked=stacked)}
+
+
+def write(cache_RBKSH, layer, new_BTKH, start):
+    """The cache with `new` written at slots start … start+T-1 of `layer`.
+
+    `start` int32: a scalar, the same slot in all rows; or [B] with T = 1, a slot of its own for each row.
+    """
+    new = new_BTKH.astype(cache_RBKSH.dtype)
+    if start.ndim == 0:
+        return lax.dynamic_update_slice(cache_RBKSH, new.swapaxes(1, 2)[None], (layer, 0, 0, start, 0))
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)
+    return cache_RBKSH.at[layer, rows, :, start].set(new[:, 0])

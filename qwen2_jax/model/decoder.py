@@ -1,0 +1,172 @@
+"""The decoder: embedding, runs of blocks, final norm, head weights.
+
+Shape letters: B rows on this device, T tokens, D model, h half a head's width, L layers, R layers of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.config import LayerRun, ModelConfig
+from qwen2_jax.errors import UserError
+from qwen2_jax.model.attention import Attention, Context
+from qwen2_jax.model.heads import Head
+from qwen2_jax.model.mlp import Mlp
+from qwen2_jax.model.moe import Moe
+from qwen2_jax.model.params import normal, ones, unstack, weight
+from qwen2_jax.ops.experts import RouterStats
+from qwen2_jax.ops.norm import rms_norm
+from qwen2_jax.ops.rope import rope_tables
+from qwen2_jax.ops.vocab import embed
+from qwen2_jax.sharding.axes import BATCH, Axes
+
+Remat = Literal["none", "full", "dots"]
+
+
+class DecoderOutput(NamedTuple):
+    x_BTD: jax.Array
+    """Hidden states after the final norm, compute dtype."""
+    head: dict[str, jax.Array]
+    """The head's weights as this device sees them; `head["table"]` is the embedding when tied."""
+    cache: dict | None
+    router: RouterStats | None
+    """Sums over layers and this device's counted tokens; None for dense models."""
+    hidden_LBTD: jax.Array | None
+    """Each block's output, when asked for."""
+
+
+class Norm(nn.Module):
+    cfg: ModelConfig
+    ax: Axes
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        return rms_norm(x_BTD, weight(self, "scale", x_BTD.shape[-1:], ("norm",), ones), self.cfg.norm_eps)
+
+
+class Block(nn.Module):
+    cfg: ModelConfig
+    ax: Axes
+    dtype: Any
+    train: bool
+    sparse: bool
+    collect: bool
+
+    @nn.compact
+    def __call__(self, carry, context: Context, counts_BT, layer_inputs):
+        x_BTD, cache, router = carry
+        layer, windowed = layer_inputs
+        common = (self.cfg, self.ax, self.dtype)
+        with jax.named_scope("attention"):
+            attended, cache = Attention(*common, name="attn")(
+                Norm(*common, name="attn_norm")(x_BTD), context, windowed, layer, cache)
+            x_BTD = x_BTD + attended
+        with jax.named_scope("moe" if self.sparse else "mlp"):
+            h_BTD = Norm(*common, name="mlp_norm")(x_BTD)
+            if self.sparse:
+                y_BTD, stats = Moe(*common, self.train, name="moe")(h_BTD, counts_BT)
+                router = jax.tree.map(jnp.add, router, stats)
+            else:
+                y_BTD = Mlp(*common, name="mlp")(h_BTD)
+            x_BTD = x_BTD + y_BTD
+        return (x_BTD, cache, router), (x_BTD if self.collect else None)
+
+
+class Embed(nn.Module):
+    cfg: ModelConfig
+    ax: Axes
+    dtype: Any
+
+    @nn.compact
+    def __call__(self):
+        return weight(self, "table", (self.cfg.vocab, self.cfg.d_model), ("vocab", "embed"), normal(self.cfg.init_std))
+
+
+class Decoder(nn.Module):
+    """A Qwen2 decoder on one device's rows. Field `stacked` must match the parameter tree (`ModelConfig.layer_runs`).
+
+    `train=False` lets the platform choose expert products that need no gradient. `remat`: `none`; `full` keeps only
+    the blocks' inputs; `dots` keeps matrix products as well.
+    """
+
+    cfg: ModelConfig
+    ax: Axes = Axes()
+    dtype: Any = jnp.float32
+    stacked: bool = True
+    train: bool = True
+    remat: Remat = "none"
+    collect: bool = False
+
+    @nn.compact
+    def __call__(self, ids_BT, *, positions_BT=None, segments_BT=None, cache=None, start=None, long_B=None) -> DecoderOutput:
+        """Hidden states of int32 tokens [B, T].
+
+        Whole rows: `segments_BT` (0 is padding) and `positions_BT` (restarting at each segment) describe packed or
+        padded rows; without them a row is one segment from position 0. With a cache: tokens go to slots and positions
+        start … start+T-1 of their row, `start` an int32 scalar or, for T = 1, [B]. `long_B`: see `rope_tables`.
+        """
+        cfg, common = self.cfg, (self.cfg, self.ax, self.dtype)
+        B, T = ids_BT.shape
+        steps_T = jnp.arange(T, dtype=jnp.int32)
+        slots_BT = None
+        if cache is not None:
+            slots_BT = jnp.broadcast_to(start.reshape(-1, 1) + steps_T[None], (B, T))
+            positions_BT = slots_BT
+        elif positions_BT is None:
+            positions_BT = jnp.broadcast_to(steps_T, (B, T))
+        context = Context(*rope_tables(positions_BT, cfg.rope, cfg.head_dim, long_B), segments_BT, start, slots_BT)
+        counts_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
+
+        table_VD = Embed(*common, name="embed")()
+        x_BTD = embed(ids_BT, table_VD)
+        router = None
+        if cfg.moe is not None:
+            zero_E = jnp.zeros((cfg.moe.experts,), jnp.float32)
+            router = self.ax.vary(RouterStats(zero_E, zero_E, jnp.zeros((), jnp.float32)), BATCH)
+        hidden, new_cache = [], {}
+        for run in cfg.layer_runs(stacked=self.stacked):
+            run_cache = None if cache is None else cache[run.name]
+            (x_BTD, run_cache, router), outputs = self._run(run)(
+                (x_BTD, run_cache, router), context, counts_BT, self._layer_inputs(run))
+            hidden.append(outputs)
+            new_cache[run.name] = run_cache
+        x_BTD = Norm(*common, name="norm")(x_BTD)
+        head = {"table": table_VD} if cfg.tied_head else Head(*common, name="head" if cfg.head == "lm" else cfg.head)()
+        return DecoderOutput(x_BTD, head, new_cache if cache is not None else None, router,
+                             jnp.concatenate(hidden) if self.collect else None)
+
+    def _run(self, run: LayerRun) -> Callable:
+        """One run of blocks as a scan over its stacked parameters."""
+        block = Block
+        if self.remat not in get_args(Remat):
+            raise UserError(f"remat '{self.remat}' is not supported: {', '.join(get_args(Remat))} are")
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
+            # Outside a real loop the compiler would merge the recomputation with the first computation.
+            block = nn.remat(Block, prevent_cse=run.length == 1, policy=policy)
+        scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=run.length,
+                          in_axes=(nn.broadcast, nn.broadcast, 0), metadata_params={nn.PARTITION_NAME: "layers"})
+        return scanned(self.cfg, self.ax, self.dtype, self.train, run.sparse, self.collect, name=run.name)
+
+    def _layer_inputs(self, run: LayerRun):
+        windowed = self.cfg.windowed_layers()
+        flags_R = jnp.asarray([windowed[i] for i in run.layers]) if any(windowed) else None
+        return jnp.arange(run.length, dtype=jnp.int32), flags_R
+
+
+def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True) -> dict:
+    """Fresh float32 parameters: normal(init_std) matrices, zero biases, unit norms; the same in both layouts."""
+    variables = Decoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))
+    params = nn.meta.unbox(variables["params"])
+    return params if stacked else unstack(params, cfg)
+
+
+def abstract_params(cfg: ModelConfig, *, stacked: bool = True) -> dict:
+    """`init_params` as ShapeDtypeStructs: shapes and dtypes, no memory."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), stacked=stacked))

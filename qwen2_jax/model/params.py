@@ -1,0 +1,54 @@
+"""Declaring parameters, and moving a tree between its stacked and its unstacked layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.sharding.axes import BATCH
+
+
+def normal(std: float) -> Callable:
+    return nn.initializers.normal(std)
+
+
+zeros, ones = nn.initializers.zeros, nn.initializers.ones
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
+    """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype.
+
+    `module` has fields `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded in another dtype is used as
+    it is, and cast here.
+    """
+    stored = module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+    # Cast first: the gradient's sum over devices then happens once, here, for the whole step.
+    return module.ax.vary(stored.astype(module.dtype), BATCH)
+
+
+def stack(params: dict, cfg: ModelConfig) -> dict:
+    """One run a layer → runs of equal kind, leaves concatenated along their leading axis. A stacked tree is returned as is."""
+    single = cfg.layer_runs(stacked=False)
+    if not all(run.name in params for run in single):
+        return params
+    rest = {k: v for k, v in params.items() if k not in {run.name for run in single}}
+    for run in cfg.layer_runs():
+        layers = [params[f"layers_{i}"] for i in run.layers]
+        rest[run.name] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0], *layers)
+    return rest
+
+
+def unstack(params: dict, cfg: ModelConfig) -> dict:
+    """Runs of equal kind → one run a layer, each leaf with a leading axis of 1. An unstacked tree is returned as is."""
+    runs = {run.name: run for run in cfg.layer_runs()}
+    rest = {k: v for k, v in params.items() if k not in runs}
+    for name, run in runs.items():
+        if jax.tree.leaves(params[name])[0].shape[0] != run.length:
+            return params
+        for offset, layer in enumerate(run.layers):
+            rest[f"layers_{layer}"] = jax.tree.map(lambda leaf, o=offset: leaf[o:o + 1], params[name])
+    return rest

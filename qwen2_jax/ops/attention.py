@@ -1,0 +1,125 @@
+"""Grouped-query attention, the reference forms: over whole rows (training, scoring) and over a cache (generation).
+
+Shape letters: B rows on this device, T query tokens, S key slots, N query heads, K key-value heads, G = N/K, H head width.
+Scores, softmax and sums are float32. A *slot* is a token's index in its row or in its row's cache; causality and the
+sliding window compare slots, which inside one segment differ exactly as positions do.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen2_jax.sharding.axes import BATCH, Axes
+
+MASKED = -1e30
+QUERY_CHUNK = 512
+KEY_BLOCK = 256
+"""Cache slots that decoding reads at a time. Cache lengths are multiples of it, so that a row's sums are taken over the
+same blocks in the same order however long its neighbours' caches are: equal tokens to the last bit."""
+
+_BATCHED_QK = (((3,), (3,)), ((0, 1), (0, 1)))
+_BATCHED_PV = (((3,), (2,)), ((0, 1), (0, 1)))
+
+
+def attend(q_BTNH, k_BTKH, v_BTKH, *, segments_BT=None, windowed=None, window: int = 0, chunk: int = QUERY_CHUNK):
+    """Causal attention over whole rows → [B, T, N, H] in q's dtype.
+
+    `segments_BT` int: tokens see their own segment only. `windowed` bool scalar (may be traced): when true, a token sees
+    the last `window` tokens, itself included. Queries are taken `chunk` at a time and recomputed in the backward pass,
+    so memory grows with T, not with T squared.
+    """
+    B, T, N, H = q_BTNH.shape
+    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    key_slot_S = jnp.arange(T, dtype=jnp.int32)
+
+    def piece(q_BtNH, slot_t, segment_Bt):
+        mask_BtS = _visible(slot_t[None], key_slot_S, windowed, window)
+        if segments_BT is not None:
+            mask_BtS = mask_BtS & (segment_Bt[:, :, None] == segments_BT[:, None, :])
+        scores = _scores(q_BtNH, k_BKSH, mask_BtS)
+        p = jax.nn.softmax(scores, axis=-1)
+        return _merge_heads(_batched_dot(p.astype(v_BKSH.dtype), v_BKSH, _BATCHED_PV), N).astype(q_BtNH.dtype)
+
+    segments = segments_BT if segments_BT is not None else jnp.zeros((B, T), jnp.int32)
+    if T <= chunk:
+        return piece(q_BTNH, key_slot_S, segments)
+    pieces = -(-T // chunk)
+    pad = pieces * chunk - T
+    q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(B, pieces, chunk, N, H).swapaxes(0, 1)
+    slots = jnp.arange(pieces * chunk, dtype=jnp.int32).reshape(pieces, chunk)
+    segments = jnp.pad(segments, ((0, 0), (0, pad))).reshape(B, pieces, chunk).swapaxes(0, 1)
+    out = lax.map(lambda x: jax.checkpoint(piece)(*x), (q, slots, segments))
+    return out.swapaxes(0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
+
+
+def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int = 0, ax: Axes = Axes()):
+    """Attention of queries at `slots_BT` over a cache that already holds their own keys → [B, T, N, H] in q's dtype.
+
+    Reads key blocks up to the furthest slot in use, merging them with an online softmax. A block in which a row sees
+    nothing leaves that row's sums untouched, to the last bit. S must be a multiple of KEY_BLOCK.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+
+    def block(i, carry):
+        top, total, out = carry
+        start = i * KEY_BLOCK
+        k = lax.dynamic_slice_in_dim(k_BKSH, start, KEY_BLOCK, axis=2)
+        v = lax.dynamic_slice_in_dim(v_BKSH, start, KEY_BLOCK, axis=2)
+        mask_BTS = _visible(slots_BT, start + jnp.arange(KEY_BLOCK, dtype=jnp.int32), windowed, window)
+        scores = _scores(q_BTNH, k, mask_BTS)
+        new_top = jnp.maximum(top, scores.max(-1))
+        p = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
+        keep = jnp.exp(top - new_top)
+        out = out * keep[..., None] + _batched_dot(p.astype(v.dtype), v, _BATCHED_PV)
+        return new_top, total * keep + p.sum(-1), out
+
+    rows = (B, K, T * (N // K))
+    start = (jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32))
+    blocks = slots_BT.max() // KEY_BLOCK + 1
+    _, total, out = lax.fori_loop(0, blocks, block, ax.vary(start, BATCH))
+    return _merge_heads(out / total[..., None], N).astype(q_BTNH.dtype)
+
+
+def _visible(query_slots_BT, key_slots_S, windowed, window: int):
+    """Bool [B, T, S]: the key is not after the query and, where `windowed`, fewer than `window` slots before it."""
+    distance = query_slots_BT[:, :, None] - key_slots_S[None, None, :]
+    mask = distance >= 0
+    if window and windowed is not None:
+        mask = mask & (~jnp.asarray(windowed) | (distance < window))
+    return mask
+
+
+def _scores(q_BTNH, k_BKSH, mask_BTS):
+    """Scaled, masked logits float32 [B, K, G*T, S]; the G query heads of one key-value head lie side by side."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = _batched_dot(q, k_BKSH, _BATCHED_QK) * jnp.float32(H**-0.5)
+    mask = jnp.broadcast_to(mask_BTS[:, None, None], (B, K, N // K, T, mask_BTS.shape[-1])).reshape(scores.shape)
+    return jnp.where(mask, scores, jnp.float32(MASKED))
+
+
+def _merge_heads(out_BKRH, heads: int):
+    """[B, K, G*T, H] → [B, T, N, H]."""
+    B, K, R, H = out_BKRH.shape
+    G = heads // K
+    return out_BKRH.reshape(B, K, G, R // G, H).transpose(0, 3, 1, 2, 4).reshape(B, R // G, heads, H)
+
+
+def _batched_dot(a, b, dimensions):
+    """A batched product in float32. XLA for CPU has no bfloat16 form of it, so there both sides are widened first."""
+    if a.dtype == jnp.float32:
+        return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+    def widened(a, b):
+        return lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dimensions,
+                               preferred_element_type=jnp.float32)
+
+    def direct(a, b):
+        return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+    return lax.platform_dependent(a, b, cpu=widened, default=direct)
+

@@ -1,0 +1,54 @@
+"""Matrix products with float32 accumulation, against weights stored `[out, in]`.
+
+XLA for CPU reaches its fast bfloat16 kernels only when the product comes out in float32, and only for two rows or
+more; accelerators accumulate in float32 anyway. So each product here is bfloat16 x bfloat16 → float32, then rounded
+once. The backward pass is written out because the automatic one multiplies a float32 cotangent with a bfloat16 weight,
+which no platform does fast.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_OUT_IN = (((1,), (1,)), ((), ()))
+_OUT_OUT = (((1,), (0,)), ((), ()))
+_ROWS_ROWS = (((0,), (0,)), ((), ()))
+
+
+def _dot(a, b, dimensions):
+    # On TPU a float32 product would otherwise be computed from bfloat16 pieces.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _matmul(x_RD, w_OD):
+    return _dot(x_RD, w_OD, _OUT_IN)
+
+
+def _matmul_forward(x_RD, w_OD):
+    return _matmul(x_RD, w_OD), (x_RD, w_OD)
+
+
+def _matmul_backward(saved, g_RO):
+    x_RD, w_OD = saved
+    g_RO = g_RO.astype(x_RD.dtype)
+    return _dot(g_RO, w_OD, _OUT_OUT).astype(x_RD.dtype), _dot(g_RO, x_RD, _ROWS_ROWS).astype(w_OD.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def matmul(x_xD, w_OD):
+    """`x @ w.T` in float32. x `[..., D]` and w `[O, D]` of one dtype; gradients come back in that dtype."""
+    return _matmul(x_xD.reshape(-1, x_xD.shape[-1]), w_OD).reshape(*x_xD.shape[:-1], w_OD.shape[0])
+
+
+def linear(x_xD, w_OD, bias_O=None):
+    """`x @ w.T + bias` rounded once to x's dtype."""
+    y_xO = matmul(x_xD, w_OD)
+    if bias_O is not None:
+        y_xO = y_xO + jnp.broadcast_to(bias_O.astype(jnp.float32), y_xO.shape)
+    return y_xO.astype(x_xD.dtype)
