@@ -23,6 +23,7 @@ from qwen2_jax.cli.compilation_cache import enable_compilation_cache  # noqa: E4
 # Adding [D] to [B, T, D] must be written out, and bfloat16 must never turn into float32 unasked.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+OPTAX_ROOMS = ("optim", "train", "experiments")     # Optax multiplies a Python float by an int32 count
 enable_compilation_cache(ROOT / ".pytest_cache" / "jax")
 
 seconds_by_file: defaultdict[str, float] = defaultdict(float)
@@ -38,6 +39,15 @@ def pytest_terminal_summary(terminalreporter):
     for file, seconds in sorted(seconds_by_file.items(), key=lambda item: -item[1]):
         terminalreporter.write_line(f"{seconds:8.1f}  {file}")
     terminalreporter.write_line(f"{sum(seconds_by_file.values()):8.1f}  all")
+
+
+@pytest.fixture(autouse=True)
+def dtype_promotion(request):
+    """Strict, except in the rooms whose tests run Optax's updates and in tests marked `optax`."""
+    room = request.path.relative_to(ROOT / "tests").parts[0]
+    optax = room in OPTAX_ROOMS or "optax" in request.keywords
+    with jax.numpy_dtype_promotion("standard" if optax else "strict"):
+        yield
 
 
 @pytest.fixture
