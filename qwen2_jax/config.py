@@ -14,6 +14,7 @@ from typing import Literal
 from qwen2_jax.errors import UserError
 
 RopeKind = Literal["default", "linear", "yarn"]
+RopeWhen = Literal["always", "long"]
 HeadKind = Literal["lm", "score", "reward"]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,6 +22,19 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 QWEN2_STOP_IDS = (151645, 151643)   # <|im_end|> ends a turn, <|endoftext|> a document
 # 151,643 words and 3 control tokens; the published tables are padded to 151,936 or 152,064 rows.
 QWEN2_VOCABS = range(151646, 152064 + 1)
+
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1    # a longer axis cannot be indexed by int32, which all of JAX's index arithmetic here is
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _need_size(name: str, value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _need(whole and 0 < value <= MAX_SIZE, f"{name} must be a positive whole number below 2**31, found {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +55,7 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    when: Literal["always", "long"] = "always"
+    when: RopeWhen = "always"
 
     def __post_init__(self):
         _need(self.kind in ("default", "linear", "yarn"),
@@ -249,21 +263,8 @@ class ModelConfig:
         return tuple(bool((i + 1) % 2) and i < w.max_window_layers for i in range(self.layers))
 
 
-MAX_LAYERS = 10_000
-MAX_SIZE = 2**31 - 1    # a longer axis cannot be indexed by int32, which all of JAX's index arithmetic here is
-
 HF_FIELD = {
     "vocab": "vocab_size", "layers": "num_hidden_layers", "d_model": "hidden_size", "d_ff": "intermediate_size",
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
     "max_position": "max_position_embeddings", "labels": "num_labels",
 }
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _need_size(name: str, value: object) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _need(whole and 0 < value <= MAX_SIZE, f"{name} must be a positive whole number below 2**31, found {value!r}")
