@@ -1,0 +1,124 @@
+"""Every token after a document's first is a target exactly once an epoch, and nothing crosses documents."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen2_jax.data.packing import PackedBatch, PackedDocuments, fill_rows, plan_rows
+from qwen2_jax.errors import UserError
+
+T = 8
+LENGTHS = (1, T - 1, T, T + 1, 10 * T, 0, 2)
+
+
+def documents_of(lengths) -> list[np.ndarray]:
+    """Token ids tell the document and the place: document * 1000 + index."""
+    return [np.arange(n) + 1000 * d for d, n in enumerate(lengths)]
+
+
+def expected_pairs(lengths, times: int = 1) -> Counter:
+    return Counter({(1000 * d + i, 1000 * d + i + 1): times for d, n in enumerate(lengths) for i in range(n - 1)})
+
+
+def pairs_of(batches: list[PackedBatch]) -> Counter:
+    pairs: Counter = Counter()
+    for batch in batches:
+        kept = batch.weights_BT > 0
+        pairs.update(zip(batch.ids_BT[kept].tolist(), batch.targets_BT[kept].tolist(), strict=True))
+    return pairs
+
+
+def check_layout(batch: PackedBatch, row_length: int) -> None:
+    """Segments count from 1 without gaps, padding comes last and is all zero, positions run from 0 in each segment."""
+    for array in (batch.ids_BT, batch.targets_BT, batch.segments_BT, batch.positions_BT):
+        assert array.dtype == np.int32 and array.shape == (len(batch.ids_BT), row_length)
+    assert batch.weights_BT.dtype == np.float32
+    np.testing.assert_array_equal(batch.weights_BT, batch.segments_BT > 0)
+    for ids, targets, segments, positions in zip(
+        batch.ids_BT, batch.targets_BT, batch.segments_BT, batch.positions_BT, strict=True
+    ):
+        used = int((segments > 0).sum())
+        for array in (segments, ids, targets, positions):
+            assert not array[used:].any()
+        starts = np.flatnonzero(np.diff(segments[:used], prepend=0))
+        np.testing.assert_array_equal(segments[starts], np.arange(1, len(starts) + 1))
+        for start, end in zip(starts, [*starts[1:], used][: len(starts)], strict=True):
+            np.testing.assert_array_equal(positions[start:end], np.arange(end - start))
+            np.testing.assert_array_equal(ids[start + 1 : end], targets[start : end - 1])
+            assert len(set((ids[start:end] // 1000).tolist())) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_every_target_comes_once_an_epoch(batch_size):
+    packed = PackedDocuments(documents_of(LENGTHS), T)
+    epochs = 2 * batch_size  # a whole number of batches whatever the number of rows
+    stream = [packed.batch(n, batch_size, seed=3) for n in range(epochs * len(packed) // batch_size)]
+    assert pairs_of(stream) == expected_pairs(LENGTHS, epochs)
+    once = list(packed.one_epoch(batch_size))
+    assert pairs_of(once) == expected_pairs(LENGTHS)
+    assert packed.targets == expected_pairs(LENGTHS).total()
+    for batch in stream + once:
+        check_layout(batch, T)
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=40), st.integers(1, 20))
+def test_any_lengths(lengths, row_length):
+    plan = plan_rows(lengths, row_length)
+    batch = fill_rows(plan, documents_of(lengths), range(len(plan.rows)))
+    assert pairs_of([batch]) == expected_pairs(lengths)
+    check_layout(batch, row_length)
+    for row in plan.rows:
+        for piece in row:
+            assert piece.start % row_length == 0, "a document is cut at whole rows from its start only"
+
+
+@given(st.lists(st.integers(2, 21), min_size=1, max_size=60))
+def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths):
+    plan = plan_rows(lengths, 20)
+    free = sorted((20 - sum(piece.length for piece in row) for row in plan.rows), reverse=True)
+    assert sum(free[:2]) < 20 or len(free) < 2
+
+
+def test_a_batch_is_a_function_of_seed_and_number():
+    packed = PackedDocuments(documents_of([50] * 30), T)
+    late = packed.batch(40, 4, seed=1)
+    other = PackedDocuments(documents_of([50] * 30), T)
+    for n in range(41):
+        last = other.batch(n, 4, seed=1)
+    np.testing.assert_array_equal(late.ids_BT, last.ids_BT)
+    assert (packed.batch(40, 4, seed=2).ids_BT != late.ids_BT).any()
+
+
+def test_epochs_come_in_different_orders():
+    packed = PackedDocuments(documents_of([T + 1] * 20), T)
+    first, second = packed.batch(0, 20, seed=0), packed.batch(1, 20, seed=0)
+    assert (first.ids_BT != second.ids_BT).any()
+    assert pairs_of([first]) == pairs_of([second])
+
+
+@pytest.mark.parametrize(
+    ("documents", "row_length", "said"),
+    [
+        ([[1, 2]], 0, "row length"),
+        ([[1], []], 4, "no document has at least two tokens"),
+        ([], 4, "no document has at least two tokens"),
+        ([[1, 2], [3, -4]], 4, "document 1 holds token id -4"),
+        ([[1, 2**31]], 4, "document 0 holds token id"),
+        ([[0.5, 1.5]], 4, "document 0 must be a list of token ids"),
+        ([[[1, 2]]], 4, "document 0 must be a list of token ids"),
+    ],
+)
+def test_bad_documents_are_refused(documents, row_length, said):
+    with pytest.raises(UserError, match=said):
+        PackedDocuments(documents, row_length)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(0, 0), (-1, 2)])
+def test_bad_batches_are_refused(n, batch_size):
+    with pytest.raises(UserError, match="a batch needs"):
+        PackedDocuments([[1, 2]], 4).batch(n, batch_size, seed=0)
