@@ -34,5 +34,7 @@ def write(cache_RBKSH, layer, new_BTKH, start):
     new = new_BTKH.astype(cache_RBKSH.dtype)
     if start.ndim == 0:
         return lax.dynamic_update_slice(cache_RBKSH, new.swapaxes(1, 2)[None], (layer, 0, 0, start, 0))
+    if new.shape[1] != 1:
+        raise ValueError(f"rows with slots of their own take one token at a time, found {new.shape[1]}")
     rows = jnp.arange(new.shape[0], dtype=jnp.int32)
     return cache_RBKSH.at[layer, rows, :, start].set(new[:, 0])

@@ -19,6 +19,7 @@ from qwen2_jax.model.heads import Head
 from qwen2_jax.model.mlp import Mlp
 from qwen2_jax.model.moe import Moe
 from qwen2_jax.model.params import normal, ones, unstack, weight
+from qwen2_jax.ops.dot import PRODUCT
 from qwen2_jax.ops.experts import RouterStats
 from qwen2_jax.ops.norm import rms_norm
 from qwen2_jax.ops.rope import rope_tables
@@ -92,7 +93,7 @@ class Decoder(nn.Module):
     """A Qwen2 decoder on one device's rows. Field `stacked` must match the parameter tree (`ModelConfig.layer_runs`).
 
     `train=False` lets the platform choose expert products that need no gradient. `remat`: `none`; `full` keeps only
-    the blocks' inputs; `dots` keeps matrix products as well.
+    the blocks' inputs; `dots` keeps products with weights as well, but not attention's, which grow with T squared.
     """
 
     cfg: ModelConfig
@@ -104,12 +105,16 @@ class Decoder(nn.Module):
     collect: bool = False
 
     @nn.compact
-    def __call__(self, ids_BT, *, positions_BT=None, segments_BT=None, cache=None, start=None, long_B=None) -> DecoderOutput:
+    def __call__(self, ids_BT, *, positions_BT=None, segments_BT=None, cache=None, start=None,
+                 long_B=None) -> DecoderOutput:
         """Hidden states of int32 tokens [B, T].
 
         Whole rows: `segments_BT` (0 is padding) and `positions_BT` (restarting at each segment) describe packed or
         padded rows; without them a row is one segment from position 0. With a cache: tokens go to slots and positions
-        start … start+T-1 of their row, `start` an int32 scalar or, for T = 1, [B]. `long_B`: see `rope_tables`.
+        start … start+T-1 of their row, `start` an int32 scalar or, for T = 1, [B].
+
+        `long_B` bool [B], for `rope_when` "long": whole rows find it out themselves (a row is long when one of its
+        tokens stands at `original_max_position` or beyond); with a cache the caller knows how long a request may grow.
         """
         cfg, common = self.cfg, (self.cfg, self.ax, self.dtype)
         B, T = ids_BT.shape
@@ -120,8 +125,10 @@ class Decoder(nn.Module):
             positions_BT = slots_BT
         elif positions_BT is None:
             positions_BT = jnp.broadcast_to(steps_T, (B, T))
-        context = Context(*rope_tables(positions_BT, cfg.rope, cfg.head_dim, long_B), segments_BT, start, slots_BT)
         counts_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
+        if cache is None and long_B is None and cfg.rope.when == "long":
+            long_B = jnp.where(counts_BT, positions_BT, 0).max(1) >= cfg.rope.original_max_position
+        context = Context(*rope_tables(positions_BT, cfg.rope, cfg.head_dim, long_B), segments_BT, start, slots_BT)
 
         table_VD = Embed(*common, name="embed")()
         x_BTD = embed(ids_BT, table_VD)
@@ -147,7 +154,7 @@ class Decoder(nn.Module):
         if self.remat not in get_args(Remat):
             raise UserError(f"remat '{self.remat}' is not supported: {', '.join(get_args(Remat))} are")
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if self.remat == "dots" else None
             # Outside a real loop the compiler would merge the recomputation with the first computation.
             block = nn.remat(Block, prevent_cse=run.length == 1, policy=policy)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=run.length,

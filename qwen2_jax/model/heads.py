@@ -30,12 +30,12 @@ class Head(nn.Module):
             return {"weight": weight(self, "weight", (cfg.labels, D), ("label", "embed"), init)}
         return {"dense1": weight(self, "dense1", (D, D), ("hidden", "embed"), init),
                 "dense1_bias": weight(self, "dense1_bias", (D,), ("hidden",), zeros),
-                "dense2": weight(self, "dense2", (cfg.labels, D), ("label", "hidden"), init),
-                "dense2_bias": weight(self, "dense2_bias", (cfg.labels,), ("label",), zeros)}
+                "dense2": weight(self, "dense2", (1, D), ("label", "hidden"), init),
+                "dense2_bias": weight(self, "dense2_bias", (1,), ("label",), zeros)}
 
 
 def score(x_BD, head: dict[str, jax.Array]):
-    """Scores float32 [B, labels] of the last token's hidden state under a `score` or `reward` head.
+    """Scores float32 [B, labels] (`reward`: [B, 1]) of the last token's hidden state under the model's head.
 
     `reward` is Linear → ReLU → Linear with biases (Qwen2-Math-RM-72B; Qwen2.5-Math report, section 3.2).
     """

@@ -31,14 +31,16 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
 
 
 def stack(params: dict, cfg: ModelConfig) -> dict:
-    """One run a layer → runs of equal kind, leaves concatenated along their leading axis. A stacked tree is returned as is."""
+    """One run a layer → runs of equal kind, leaves concatenated along their leading axis; a stacked tree as it is."""
     single = cfg.layer_runs(stacked=False)
     if not all(run.name in params for run in single):
         return params
     rest = {k: v for k, v in params.items() if k not in {run.name for run in single}}
     for run in cfg.layer_runs():
         layers = [params[f"layers_{i}"] for i in run.layers]
-        rest[run.name] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0], *layers)
+        if len(layers) > 1:
+            layers = [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)]
+        rest[run.name] = layers[0]
     return rest
 
 

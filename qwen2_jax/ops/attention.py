@@ -1,6 +1,8 @@
 """Grouped-query attention, the reference forms: over whole rows (training, scoring) and over a cache (generation).
 
-Shape letters: B rows on this device, T query tokens, S key slots, N query heads, K key-value heads, G = N/K, H head width.
+Shape letters: B rows on this device, T query tokens, S key slots, N query heads, K key-value heads, G = N/K,
+H head width.
+
 Scores, softmax and sums are float32. A *slot* is a token's index in its row or in its row's cache; causality and the
 sliding window compare slots, which inside one segment differ exactly as positions do.
 """
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen2_jax.sharding.axes import BATCH, Axes
+from qwen2_jax.sharding.axes import BATCH, ONE_DEVICE, Axes
 
 MASKED = -1e30
 QUERY_CHUNK = 512
@@ -26,9 +28,9 @@ _BATCHED_PV = (((3,), (2,)), ((0, 1), (0, 1)))
 def attend(q_BTNH, k_BTKH, v_BTKH, *, segments_BT=None, windowed=None, window: int = 0, chunk: int = QUERY_CHUNK):
     """Causal attention over whole rows → [B, T, N, H] in q's dtype.
 
-    `segments_BT` int: tokens see their own segment only. `windowed` bool scalar (may be traced): when true, a token sees
-    the last `window` tokens, itself included. Queries are taken `chunk` at a time and recomputed in the backward pass,
-    so memory grows with T, not with T squared.
+    `segments_BT` int: tokens see their own segment only. `windowed` bool scalar (may be traced): when true, a token
+    sees the last `window` tokens, itself included. Queries are taken `chunk` at a time and recomputed in the backward
+    pass, so memory grows with T, not with T squared.
     """
     B, T, N, H = q_BTNH.shape
     k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
@@ -54,7 +56,7 @@ def attend(q_BTNH, k_BTKH, v_BTKH, *, segments_BT=None, windowed=None, window: i
     return out.swapaxes(0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
 
 
-def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int = 0, ax: Axes = Axes()):
+def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int = 0, ax: Axes = ONE_DEVICE):
     """Attention of queries at `slots_BT` over a cache that already holds their own keys → [B, T, N, H] in q's dtype.
 
     Reads key blocks up to the furthest slot in use, merging them with an online softmax. A block in which a row sees

@@ -11,6 +11,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"
+"""Name of every product with a weight, for a remat policy to keep."""
 
 _OUT_IN = (((1,), (1,)), ((), ()))
 _OUT_OUT = (((1,), (0,)), ((), ()))
@@ -43,12 +47,23 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def matmul(x_xD, w_OD):
     """`x @ w.T` in float32. x `[..., D]` and w `[O, D]` of one dtype; gradients come back in that dtype."""
-    return _matmul(x_xD.reshape(-1, x_xD.shape[-1]), w_OD).reshape(*x_xD.shape[:-1], w_OD.shape[0])
+    return checkpoint_name(_product(x_xD, w_OD), PRODUCT)
 
 
 def linear(x_xD, w_OD, bias_O=None):
     """`x @ w.T + bias` rounded once to x's dtype."""
-    y_xO = matmul(x_xD, w_OD)
+    y_xO = _product(x_xD, w_OD)
     if bias_O is not None:
         y_xO = y_xO + jnp.broadcast_to(bias_O.astype(jnp.float32), y_xO.shape)
-    return y_xO.astype(x_xD.dtype)
+    return checkpoint_name(y_xO.astype(x_xD.dtype), PRODUCT)
+
+
+def _product(x_xD, w_OD):
+    """A single row is multiplied twice over: XLA for CPU takes one row through another kernel, whose sums differ in
+    their last bits (and which is ten times slower in bfloat16). From two rows on, a row's bits do not depend on its
+    company.
+    """
+    x_RD = x_xD.reshape(-1, x_xD.shape[-1])
+    if x_RD.shape[0] == 1:
+        return _matmul(jnp.concatenate([x_RD, x_RD]), w_OD)[:1].reshape(*x_xD.shape[:-1], w_OD.shape[0])
+    return _matmul(x_RD, w_OD).reshape(*x_xD.shape[:-1], w_OD.shape[0])

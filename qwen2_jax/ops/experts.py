@@ -1,6 +1,7 @@
 """Mixture of experts: route, sort rows by expert, multiply group by group, add up.
 
-Shape letters: R rows (tokens), k choices a row, E experts, F expert width, D model. A *copy* is one (row, choice) pair; C = R k.
+Shape letters: R rows (tokens), k choices a row, E experts, F expert width, D model. A *copy* is one (row, choice) pair,
+C = R k of them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from qwen2_jax.ops.dot import matmul
+from qwen2_jax.ops.dot import PRODUCT, matmul
 
 ROW_BLOCK = 16
-"""Rows one product takes in `blocked_experts`; fixed, so that a row's result does not depend on who shares its expert."""
+"""Rows that one product takes in `blocked_experts`: fixed, so that a row's result does not depend on its company."""
 
 
 class ExpertWeights(NamedTuple):
@@ -24,7 +26,7 @@ class ExpertWeights(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What the auxiliary loss needs, summed over rows that count: add them over layers and devices before using them."""
+    """What the auxiliary loss needs, summed over rows that count; add them over layers and devices before use."""
 
     assigned_E: jax.Array
     """Copies sent to each expert (a row has k)."""
@@ -35,7 +37,8 @@ class RouterStats(NamedTuple):
 
 
 def route(x_RD, router_ED, *, top_k: int, normalise: bool):
-    """(weights float32 [R, k], expert ids int32 [R, k], probabilities float32 [R, E]); softmax over all experts first."""
+    """Softmax over all experts, then the largest k → (weights float32 [R, k], experts int32 [R, k], probabilities
+    float32 [R, E])."""
     probability_RE = jax.nn.softmax(matmul(x_RD, router_ED), axis=-1)
     weight_Rk, expert_Rk = lax.top_k(probability_RE, top_k)
     if normalise:
@@ -47,7 +50,10 @@ def router_stats(expert_Rk, probability_RE, counts_R) -> RouterStats:
     """Statistics over the rows where `counts_R` (bool) holds."""
     weight_R = counts_R.astype(jnp.float32)
     chosen_RE = jax.nn.one_hot(expert_Rk, probability_RE.shape[-1], dtype=jnp.float32).sum(1)
-    return RouterStats(weight_R @ chosen_RE, weight_R @ probability_RE, weight_R.sum())
+    # HIGHEST: on TPU a float32 product is otherwise computed from bfloat16 pieces.
+    assigned_E, probability_E = (jnp.matmul(weight_R, x_RE, precision=lax.Precision.HIGHEST)
+                                 for x_RE in (chosen_RE, probability_RE))
+    return RouterStats(assigned_E, probability_E, weight_R.sum())
 
 
 def load_balancing_loss(stats: RouterStats):
@@ -94,7 +100,7 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
         h = (jax.nn.silu(matmul(rows, gate)) * matmul(rows, up)).astype(x_RD.dtype)
         return lax.dynamic_update_slice_in_dim(y_SD, matmul(h, down), i * ROW_BLOCK, 0)
 
-    y_SD = lax.fori_loop(0, last_block_E[-1], block, jnp.zeros((capacity, D), jnp.float32))
+    y_SD = lax.fori_loop(0, last_block_E[-1], block, jnp.zeros_like(x_SD, jnp.float32))
     return _combine(y_SD[slot_C], order_C, weight_Rk)
 
 
@@ -114,4 +120,6 @@ def _combine(y_CD, order_C, weight_Rk):
 
 def _ragged(x_CD, w_EOD, sizes_E):
     """Rows of each group times its own matrix, float32 [C, O]."""
-    return lax.ragged_dot(x_CD, w_EOD.swapaxes(1, 2), sizes_E, preferred_element_type=jnp.float32)
+    precision = lax.Precision.HIGHEST if x_CD.dtype == jnp.float32 else None
+    y_CO = lax.ragged_dot(x_CD, w_EOD.swapaxes(1, 2), sizes_E, precision=precision, preferred_element_type=jnp.float32)
+    return checkpoint_name(y_CO, PRODUCT)

@@ -61,14 +61,13 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
 def rope_tables(positions_BT, rope: RopeConfig, head_dim: int, long_B=None):
     """cos, sin float32 [B, T, H/2] at integer positions.
 
-    `long_B` bool [B] matters when `rope.when == "long"`: rows that are not long keep plain RoPE. Without it, rows are
-    long when T exceeds `original_max_position`.
+    `long_B` bool [B] is needed when `rope.when == "long"`: rows that are not long keep plain RoPE.
     """
     scaled, factor = frequencies(rope, head_dim)
     if rope.kind == "default" or rope.when == "always":
         return _tables(positions_BT, scaled, factor)
     if long_B is None:
-        long_B = jnp.full(positions_BT.shape[:1], positions_BT.shape[1] > rope.original_max_position)
+        raise ValueError('rope_when "long" needs to be told which rows are long')
     plain = _tables(positions_BT, default_inv_freq(rope.theta, head_dim), 1.0)
     long = _tables(positions_BT, scaled, factor)
     return tuple(jnp.where(long_B[:, None, None], a, b) for a, b in zip(long, plain, strict=True))

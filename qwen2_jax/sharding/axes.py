@@ -45,6 +45,9 @@ class Axes:
         return lax.axis_index(name) if self.live((name,)) else 0
 
 
+ONE_DEVICE = Axes()
+
+
 def _vary(leaf, axes: tuple[str, ...]):
-    missing = tuple(a for a in axes if a not in jax.typeof(leaf).vma)
+    missing = tuple(a for a in axes if a not in jax.typeof(leaf).manual_axis_type.varying)
     return lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -30,7 +30,7 @@ def make_mesh(spec: str | Mesh | None) -> Mesh | None:
             raise UserError(f"mesh axis '{name}' in '{spec}' is not supported: {', '.join(SUPPORTED_AXES)} is")
         if name in sizes:
             raise UserError(f"mesh axis '{name}' appears twice in '{spec}'")
-        if not size.isdigit() or int(size) < 1:
+        if not size.isdecimal() or int(size) < 1:
             raise UserError(f"mesh axis '{name}' needs a positive whole number, found '{size}' in '{spec}'")
         sizes[name] = int(size)
     if not sizes:
