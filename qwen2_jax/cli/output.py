@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from qwen2_jax.errors import UserError
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -22,10 +25,11 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     path, stream = _open(path, mode)
     try:
         yield stream
-    except BaseException:
+    except BaseException as error:
         _discard(path, stream)
+        _raise_if_full(path, error)
         raise
-    _publish(path, stream, path)
+    _publish(path, stream)
 
 
 @contextlib.contextmanager
@@ -47,10 +51,11 @@ def records(path: str | Path | None) -> Iterator[IO[str]]:
     path, stream = _open(path, "w")
     try:
         yield stream
-    except BaseException:
+    except BaseException as error:
         _keep_finished(path, stream)
+        _raise_if_full(path, error)
         raise
-    _publish(path, stream, path)
+    _publish(path, stream)
 
 
 def _open(path: str | Path, mode: str) -> tuple[Path, IO]:
@@ -79,14 +84,20 @@ def _discard(path: Path, stream: IO) -> None:
         Path(stream.name).unlink(missing_ok=True)
 
 
-def _publish(path: Path, stream: IO, destination: Path) -> None:
+def _raise_if_full(path: Path, error: BaseException) -> None:
+    """Gives a failed write, which carries no file name, the name of the file that it must have been."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _publish(path: Path, stream: IO) -> None:
     try:
         stream.flush()
         if not _is_special(path):
             os.fsync(stream.fileno())
         stream.close()
         if not _is_special(path):
-            os.replace(stream.name, destination)
+            os.replace(stream.name, path)
     except OSError as error:
         _discard(path, stream)
         raise UserError(f"cannot write {path}: {error.strerror}") from error

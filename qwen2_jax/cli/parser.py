@@ -11,7 +11,7 @@ from qwen2_jax.errors import UserError
 
 # Each is a module `qwen2_jax/cli/<name>.py` with `add_parser(subparsers)`, which imports nothing heavy and ends in
 # `parser.set_defaults(run=run)`, and `run(args) -> int`, the exit status.
-COMMANDS = ()
+COMMANDS = ("convert",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser, commands = build_parser()
     command = next((word for word in argv if not word.startswith("-")), None)
     known = commands.get(command or "", parser)
-    _check_flags(known, parser, argv)
+    if command is None or command in commands:      # an unknown command is argparse's to refuse
+        _check_flags(known, parser, argv)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known.error(f"unknown argument {unknown[0]!r}")
