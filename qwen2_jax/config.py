@@ -59,8 +59,8 @@ class RopeConfig:
 
     def __post_init__(self):
         _need(self.kind in ("default", "linear", "yarn"),
-              f"rope_type '{self.kind}' is not supported: default, linear, yarn are")
-        _need(self.when in ("always", "long"), f"rope_when '{self.when}' is not supported: always, long are")
+              f"rope_type {self.kind!r} is not supported: default, linear, yarn are")
+        _need(self.when in ("always", "long"), f"rope_when {self.when!r} is not supported: always, long are")
         _need(0 < self.theta < math.inf, f"rope_theta must be a positive number, found {self.theta}")
         if self.original_max_position is not None:
             _need_size("original_max_position_embeddings", self.original_max_position)
@@ -120,7 +120,7 @@ class WindowConfig:
         _need(self.size is None or self.size >= 0, f"sliding_window must not be negative, found {self.size}")
         _need(self.max_window_layers >= 0, f"max_window_layers must not be negative, found {self.max_window_layers}")
         for kind in self.layer_types or ():
-            _need(kind in LAYER_TYPES, f"layer_types entry '{kind}' is not supported: {', '.join(LAYER_TYPES)} are")
+            _need(kind in LAYER_TYPES, f"layer_types entry {kind!r} is not supported: {', '.join(LAYER_TYPES)} are")
 
     @property
     def active(self) -> bool:
@@ -204,8 +204,8 @@ class ModelConfig:
         _need(self.head_dim % 2 == 0, f"head_dim must be even for rotary embedding, found {self.head_dim}")
         _need(0 <= self.norm_eps < math.inf, f"rms_norm_eps must be a number of at least 0, found {self.norm_eps}")
         _need(0 <= self.init_std < math.inf, f"initializer_range must be a number of at least 0, found {self.init_std}")
-        _need(self.head in ("lm", "score", "reward"), f"head '{self.head}' is not supported: lm, score, reward are")
-        _need(self.dtype in DTYPES, f"dtype '{self.dtype}' is not supported: {', '.join(DTYPES)} are")
+        _need(self.head in ("lm", "score", "reward"), f"head {self.head!r} is not supported: lm, score, reward are")
+        _need(self.dtype in DTYPES, f"dtype {self.dtype!r} is not supported: {', '.join(DTYPES)} are")
         if self.label_names is not None:
             _need(len(self.label_names) == self.labels,
                   f"id2label names {len(self.label_names)} labels where num_labels is {self.labels}")
@@ -221,6 +221,11 @@ class ModelConfig:
     @property
     def tied_head(self) -> bool:
         return self.tied and self.head == "lm"
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that a sequence may have: `max_position`, but with dual chunk attention no more than one chunk."""
+        return min(self.max_position, self.dual_chunk.chunk_size) if self.dual_chunk else self.max_position
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

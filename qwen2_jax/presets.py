@@ -1,7 +1,7 @@
 """Every published model of the family as data, under its published name. Standard library only.
 
-Shapes stand in `SIZES`, what differs between the models of one size in `PRESETS`. No published model switches its sliding
-window on; the sizes of the windows are kept because `config.json` states them.
+Shapes stand in `SIZES`, what differs between the models of one size in `PRESETS`. No published model switches its
+sliding window on; the sizes of the windows are kept because `config.json` states them.
 """
 
 from __future__ import annotations

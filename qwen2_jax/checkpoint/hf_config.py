@@ -153,8 +153,6 @@ def generation_config(cfg: ModelConfig) -> dict[str, Any]:
 
 def _read(fields: Fields, leftovers: Leftovers, rope_when: RopeWhen) -> ModelConfig:
     model_type = fields.text("model_type")
-    if model_type not in MODEL_TYPES:
-        raise fields.refuse("model_type", ", ".join(MODEL_TYPES))
     tied = fields.flag("tie_word_embeddings", False)
     head = _read_head(fields, model_type, tied)
     if fields.text("hidden_act", "silu") not in HIDDEN_ACTS:

@@ -74,8 +74,11 @@ MAX_LABELS = 100_000
 
 def implemented_fields(config: Mapping[str, Any], leftovers: Leftovers) -> dict[str, Any]:
     """The fields that are read; the others are refused or passed over."""
-    moe = config.get("model_type") == "qwen2_moe"
-    used = IMPLEMENTED | IMPLEMENTED_MOE if moe else IMPLEMENTED
+    fields = Fields(config)
+    model_type = fields.text("model_type")
+    if model_type not in MODEL_TYPES:
+        raise fields.refuse("model_type", ", ".join(MODEL_TYPES))
+    used = IMPLEMENTED | IMPLEMENTED_MOE if model_type == "qwen2_moe" else IMPLEMENTED
     for name in leftovers.ignore:
         if name in used and name != "auto_map":
             raise UserError(f"{name} cannot be ignored: the model depends on it")
@@ -83,6 +86,6 @@ def implemented_fields(config: Mapping[str, Any], leftovers: Leftovers) -> dict[
     for name, (harmless, supported) in REFUSED.items():
         if name in config and name not in asked:
             if not any(type(config[name]) is type(value) and config[name] == value for value in harmless):
-                raise Fields(config).refuse(name, supported)
-    leftovers.sort(Fields(config), used=(used | INERT | REFUSED.keys()) - asked)
+                raise fields.refuse(name, supported)
+    leftovers.sort(fields, used=(used | INERT | REFUSED.keys()) - asked)
     return {name: value for name, value in config.items() if name in used - asked}

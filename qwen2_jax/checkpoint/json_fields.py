@@ -82,7 +82,9 @@ class Leftovers:
         """
         for key in sorted(fields.data.keys() - set(used)):
             name, value = fields.prefix + key, fields.data[key]
-            if name in self.ignore:
+            asked = name in self.ignore
+            name = name if name.isprintable() else shown(name)
+            if asked:
                 self.notes.append(f"{name} is ignored, as asked")
             elif key in inert:
                 if value is not None:

@@ -63,7 +63,7 @@ def describe(name: str, cfg: ModelConfig) -> dict[str, Any]:
                        "active_non_embedding": count.active_non_embedding},
         "weight_bytes": {dtype: count.total * itemsize for dtype, itemsize in ITEMSIZE.items()},
         "kv_cache_bytes_per_token": {d: kv_bytes_per_token(cfg, itemsize=ITEMSIZE[d]) for d in CACHE_DTYPES},
-        "context": {"max_position": cfg.max_position, "longest": longest_context(cfg)},
+        "context": {"max_position": cfg.max_position, "longest": cfg.longest_context},
         "windowed_layers": [i for i, windowed in enumerate(cfg.windowed_layers()) if windowed],
         "sparse_layers": [i for i in range(cfg.layers) if cfg.is_sparse(i)],
         "stop_ids": list(cfg.stop_ids),
@@ -71,17 +71,13 @@ def describe(name: str, cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def longest_context(cfg: ModelConfig) -> int:
-    """Tokens that a request may have: the model's own limit, within one chunk where it has dual chunk attention."""
-    return min(cfg.max_position, cfg.dual_chunk.chunk_size) if cfg.dual_chunk else cfg.max_position
-
-
 def _lines(facts: dict[str, Any], cfg: ModelConfig) -> list[str]:
     count = facts["parameters"]
     moe, windowed, sparse = cfg.moe, facts["windowed_layers"], facts["sparse_layers"]
+    dense = f", feed-forward {cfg.d_ff:,}" if len(sparse) < cfg.layers else ""
     rows = [
         ("model", f"{facts['name']} ({facts['config']['architectures'][0]}, stored in {cfg.dtype})"),
-        ("layers", f"{cfg.layers} of width {cfg.d_model:,}, feed-forward {cfg.d_ff:,}"),
+        ("layers", f"{cfg.layers} of width {cfg.d_model:,}{dense}"),
         ("attention", f"{cfg.heads} query heads, {cfg.kv_heads} key-value heads, of width {cfg.head_dim}"),
         ("vocabulary", f"{cfg.vocab:,}, embeddings {'tied' if cfg.tied else 'not tied'}"),
         ("norm epsilon", f"{cfg.norm_eps:g}"),
