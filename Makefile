@@ -22,7 +22,7 @@ test: dev    ## install everything and pass all tests
 
 check: dev    ## lint, types, layers and the quick tests, in less than a minute
 	$(PY) -m ruff check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -q -m "not slow and not parity"
 
 smoke:    ## the small set of tests on Python 3.12 and a newer JAX
