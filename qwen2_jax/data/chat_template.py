@@ -94,4 +94,5 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or type(value) in (str, int, float, bool):
         return value
-    raise UserError(f"a message or tool holds a {type(value).__name__}: only what JSON can hold is supported")
+    kind = type(value).__name__
+    raise UserError(f"a message or tool holds a value of type {kind}: only what JSON can hold may be there")

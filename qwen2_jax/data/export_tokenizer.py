@@ -2,8 +2,9 @@
 
 sentencepiece joins, again and again, the two neighbours whose joint piece has the best score, the leftmost on a tie.
 `tokenizers` joins the pair that stands first in its list of merges, the leftmost of equal pairs. So every way to write
-a piece as two pieces goes into the list, in the order of the pieces' scores. Two different pairs with the same joint
-piece are a tie in sentencepiece and cannot be one in the list; `_splits` orders them so that the leftmost still wins.
+a piece as two pieces goes into the list, in the order of the pieces' scores. The order among the ways of one piece is
+free: when its turn comes, all better pieces inside its text have been joined, wherever that text stands, so only one
+of the ways ever occurs.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def tokenizer_json(model: Model) -> str:
     merges = [
         [name[:cut], name[cut:]]
         for name in ordered
-        for cut in _splits(name)
+        for cut in range(1, len(name))
         if name[:cut] in normal and name[cut:] in normal
     ]
     return json.dumps({
@@ -131,25 +132,6 @@ def tokenizer_json(model: Model) -> str:
             "vocab": vocab, "merges": merges,
         },
     }, ensure_ascii=False)
-
-
-def _splits(name: str) -> list[int]:
-    """Where to cut a piece in two, in an order that lets the leftmost of two overlapping pairs win.
-
-    Pairs (x, y) and (y, z) with the same joint piece compete for y when the piece starts and ends with y. The left
-    pair cuts at len(name) - len(y), the right one at len(y): that is the larger cut first when y is shorter than half
-    the piece, and the smaller first when it is longer. Cutting at c or len(name) - c both ways round happens only in
-    a piece that repeats one string; merging from the left puts the longer part on the left there.
-    """
-    n = len(name)
-    order: list[int] = []
-    for cut in range(n - 1, (n - 1) // 2, -1):
-        mirror = n - cut
-        long_border = name[mirror:] == name[:cut]
-        short_border = name[:mirror] == name[cut:]
-        pair = [mirror, cut] if long_border and not short_border else [cut, mirror]
-        order += pair if cut != mirror else [cut]
-    return order
 
 
 def _added_token(content: str) -> dict[str, object]:

@@ -36,6 +36,11 @@ class TokenizerFiles:
     chat_templates: dict[str, str]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `read_tokenizer` would find something to read."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"))
+
+
 def read_tokenizer(folder: Path) -> TokenizerFiles:
     """Read `tokenizer.json`, else `vocab.json` with `merges.txt`, else `tokenizer.model`; UserError names the file."""
     if not folder.is_dir():
@@ -131,9 +136,10 @@ def _add_tokens(pipeline: tokenizers.Tokenizer, folder: Path, config: dict[str, 
                 listed[int(i)] = AddedToken(content, special=content in SPECIAL_TOKENS, normalized=False)
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"{file}: the added tokens must map ids to their texts and flags") from None
+    known = {token.content for token in pipeline.get_added_tokens_decoder().values()}
     for i, token in sorted(listed.items(), key=lambda item: item[0]):
-        if pipeline.token_to_id(token.content) is None:
-            pipeline.add_tokens([token])
+        if token.content not in known:
+            pipeline.add_tokens([token])  # an entry of the vocabulary by this text keeps its id
         if (found := pipeline.token_to_id(token.content)) != i:
             raise UserError(f"{file} gives {token.content!r} the id {i}, but in the vocabulary it has {found}")
 
