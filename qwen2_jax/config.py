@@ -33,8 +33,8 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _need_size(name: str, value: object) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _need(whole and 0 < value <= MAX_SIZE, f"{name} must be a positive whole number below 2**31, found {value!r}")
+    is_size = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
+    _need(is_size, f"{name} must be a positive whole number below 2**31, found {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
