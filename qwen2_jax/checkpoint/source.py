@@ -1,0 +1,81 @@
+"""Opening a checkpoint of any kind: where its weights lie, what model it is, and a reader of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen2_jax.checkpoint import files, hf_config, names
+from qwen2_jax.checkpoint.hf import HfReader
+from qwen2_jax.checkpoint.hub import local_path
+from qwen2_jax.checkpoint.names import Slot
+from qwen2_jax.checkpoint.pieces import Reader
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import UserError
+from qwen2_jax.shapes import param_shapes
+
+PARAMS = "params"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint whose tensors are those of its configuration, in name and shape.
+
+    `folder` holds config.json and the tokenizer's files; `slots` are places in the stacked tree.
+    """
+
+    folder: Path
+    cfg: ModelConfig
+    slots: list[Slot]
+    reader: Reader
+
+
+def open_checkpoint(src: str | Path, *, revision: str | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Opens a Hugging Face folder, a `.safetensors` file, an Orbax checkpoint, or a hub repository.
+
+    Of a training run's folder the last step is taken. `ignore` names fields of config.json to pass over. Reads headers
+    and metadata, no weights (but a tied head that is stored anyway is compared with the embedding). Raises UserError,
+    naming file and tensor, for whatever is missing, unexpected, misshapen, of another dtype, or damaged.
+    """
+    path = local_path(src, revision=revision)
+    tree = _tree_folder(path)
+    if tree is None:
+        folder = _config_folder(path.parent if path.is_file() else path, up=0)
+        cfg = hf_config.read_config(folder, ignore=ignore)
+        slots = names.slots(cfg)
+        weights = HfReader(path)
+        weights.check(slots, tied=cfg.tied_head, lm=cfg.head == "lm")
+        return Checkpoint(folder, cfg, slots, weights)
+
+    from qwen2_jax.checkpoint.stream import TreeReader  # Orbax takes seconds to import
+
+    folder = _config_folder(tree.parent, up=1)
+    files.check_mark(folder)
+    cfg = hf_config.read_config(folder, ignore=ignore)
+    reader = TreeReader(tree)
+    reader.check(param_shapes(cfg))
+    return Checkpoint(folder, cfg, names.slots(cfg), reader)
+
+
+def _tree_folder(path: Path) -> Path | None:
+    """The folder of the Orbax parameter tree, or None when `path` is not an Orbax checkpoint."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is not a .safetensors file: give one, or a folder, or an Orbax checkpoint")
+        return None
+    if (path / "_METADATA").exists():
+        return path
+    if (path / PARAMS).is_dir():
+        return path / PARAMS
+    steps = [step for step in path.iterdir() if step.name.isdecimal() and (step / PARAMS).is_dir()]
+    return max(steps, key=lambda step: int(step.name)) / PARAMS if steps else None
+
+
+def _config_folder(folder: Path, *, up: int) -> Path:
+    """The folder that holds config.json: this one, or one of `up` above it."""
+    tried = [folder, *folder.absolute().parents[:up]]
+    for candidate in tried:
+        if (candidate / files.CONFIG).exists():
+            return candidate
+    raise UserError(f"{folder} has no {files.CONFIG}, which says what model the weights are")

@@ -1,0 +1,95 @@
+"""A small façade over Orbax for training: save now and then, restore anywhere. Nothing else knows the manager.
+
+Layout: `path/{step}/params/`, `path/{step}/optimizer/`, … one Orbax checkpoint for each entry of the state, and
+`path/{step}/position/`, the data iterator's place. A step folder is a checkpoint that `open_checkpoint` reads, with the
+config.json that lies in it or in `path`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qwen2_jax.checkpoint.pieces import PIECE_BYTES
+from qwen2_jax.errors import UserError
+
+POSITION = "position"
+
+
+class Store:
+    """Checkpoints of one training run, the newest `keep` of them; saving goes on while training does.
+
+    Args:
+      path: the run's folder; made when it is missing.
+      keep: how many steps stay on disk.
+      every: `save` passes over steps that are not multiples of it.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int = 3, every: int = 1):
+        self.path = Path(path).absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every))
+        except OSError as e:
+            raise UserError(f"cannot write checkpoints to {self.path}: {e.strerror or e}") from e
+
+    def save(self, step: int, state: Mapping[str, Any], position: Mapping[str, Any], *, force: bool = False) -> bool:
+        """Starts to save step `step`; returns whether it is one to be saved (`force`: it is, whatever `every` says).
+
+        `state` is {"params": tree, "optimizer": tree, …} of arrays, copied off the devices before this returns, so
+        they may be donated to the next step. `position` is JSON: what the data iterator needs to go on.
+        """
+        items = {name: ocp.args.StandardSave(tree, save_args=jax.tree.map(_chunks, tree))
+                 for name, tree in state.items()}
+        args = ocp.args.Composite(**items, **{POSITION: ocp.args.JsonSave(dict(position))})
+        return self._manager.save(step, args=args, force=force)
+
+    def restore(self, like: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State and position of a step, by default the latest.
+
+        `like` mirrors the entries wanted (`params` alone is fine) in `jax.ShapeDtypeStruct`s with shardings: any mesh
+        will do, whatever mesh the state was saved from. Raises UserError when there is no such step, or when what was
+        saved has other names or shapes.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise UserError(f"{self.path} holds no checkpoint")
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            raise UserError(f"{self.path} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**items, **{POSITION: ocp.args.JsonRestore()}))
+        except (ValueError, KeyError, FileNotFoundError) as e:
+            reason = str(e).splitlines()[0]
+            raise UserError(f"{self.path}, step {step}, does not hold the state asked for: {reason}") from e
+        return {name: restored[name] for name in like}, restored[POSITION]
+
+    def latest_step(self) -> int | None:
+        """The last step that is complete on disk, None when there is none."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns when what is being saved is complete on disk; raises what went wrong meanwhile."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the manager's threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """One layer and one expert a chunk, at most PIECE_BYTES, so that a conversion reads a stack slice by slice."""
+    if math.prod(np.shape(leaf)) == 0:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=PIECE_BYTES, shard_axes=tuple(range(max(0, np.ndim(leaf) - 2))))
