@@ -37,6 +37,7 @@ class {CLASS_NAME}(PreTrainedTokenizerFast):
 MESSAGES: Any = sentencepiece.sentencepiece_model_pb2
 PIECE = MESSAGES.ModelProto.SentencePiece
 Model = Any  # a ModelProto
+BYTE_PIECES = {f"<0x{b:02X}>" for b in range(256)}
 
 
 def export_tokenizer_json(model_file: str | Path, out_folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -96,7 +97,6 @@ def read_model(model_file: Path) -> Model:
         "add_dummy_prefix": (not text.add_dummy_prefix, "false"),
         "remove_extra_whitespaces": (not text.remove_extra_whitespaces, "false"),
         "escape_whitespaces": (not text.escape_whitespaces, "false"),
-        "pieces": (len(model.pieces) > 0, "present"),
     }
     for field, (right, needed) in wrong.items():
         if not right:
@@ -104,6 +104,9 @@ def read_model(model_file: Path) -> Model:
                 f"{model_file}: this sentencepiece model is not supported, {field} must be {needed};"
                 " use a folder with tokenizer.json, or train with train_sentencepiece"
             )
+    names = {piece.piece for piece in model.pieces if isinstance(piece.piece, str)}  # damaged UTF-8 comes as bytes
+    if len(names) < len(model.pieces) or not BYTE_PIECES <= names:
+        raise UserError(f"{model_file} is damaged: it must hold the 256 byte pieces, and each piece once, as UTF-8")
     return model
 
 

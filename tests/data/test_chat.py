@@ -40,7 +40,7 @@ TOOLS_TEMPLATE = """\
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant' }}
         {% generation %}
-        {%- if message.content %}{{ '\\n' + message.content }}{% endif %}
+        {%- if message.content is defined %}{{ '\\n' + message.content }}{% endif %}
         {%- for call in message.tool_calls or [] %}
             {%- set call = call.function if call.function is defined else call %}
             {{- '\\n<tool_call>' + call.name + call.arguments | tojson + '</tool_call>' }}

@@ -152,6 +152,13 @@ def test_stream_never_shows_half_a_character(trained, text):
     assert shown == text and stream.finish() == ""
 
 
+def test_stream_holds_back_and_gives_up_an_unfinished_character(trained):
+    *ids, last = [4 + b for b in "🎉".encode()]  # byte b has id 4 + b
+    whole, broken = trained.stream(), trained.stream()
+    assert [whole.push([i]) for i in (*ids, last)] == ["", "", "", "🎉"] and whole.finish() == ""
+    assert broken.push(ids) == "" and broken.finish() == trained.decode(ids) == "\ufffd"
+
+
 @pytest.mark.parametrize("text", ["\ud800", "ab\udfffc"])
 def test_lone_surrogates_are_refused(trained, text):
     with pytest.raises(UserError, match="lone surrogate at character"):

@@ -159,9 +159,17 @@ def test_export_of_any_vocabulary_on_all_short_strings():
 def test_rare_characters_go_by_bytes_and_hurt_nothing(tmp_path):
     """More different characters than the vocabulary has room for."""
     texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 2000))) + "\x00▁▅\t a b a b" * 50]
-    tokenizer = Tokenizer.load(train_sentencepiece(texts, 300, tmp_path / "out"))
-    assert tokenizer.vocab_size == 300
-    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+    folder = train_sentencepiece(texts, 300, tmp_path / "out")
+    ours = Tokenizer.load(folder)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = ours.encode(texts[0])
+    assert ours.vocab_size == 300 and ids == theirs.encode(texts[0])
+    assert ours.decode(ids) == theirs.decode(ids) == texts[0]
+
+
+def test_order_of_texts_does_not_matter(trained_folder, training_texts, tmp_path):
+    folder = train_sentencepiece(reversed(training_texts), VOCAB, tmp_path / "out")
+    assert (folder / "tokenizer.model").read_bytes() == (trained_folder / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -193,10 +201,15 @@ def test_a_tokenizer_in_place_is_kept_unless_asked(tmp_path):
     assert Tokenizer.load(tmp_path).vocab_size == 275
 
 
-def test_other_sentencepiece_models_are_refused(tmp_path):
+def test_other_sentencepiece_models_are_refused(trained_folder, tmp_path):
     for content, said in ((b"no model", "is not a sentencepiece model"), (b"", "model_type must be BPE")):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(UserError, match=said):
+            Tokenizer.load(tmp_path)
+    damaged = (trained_folder / "tokenizer.model").read_bytes()
+    for piece, other in ((b"<0x7F>", b"<0x7E>"), (b"<0x7F>", b"<0x7\xff>"), (b"<0x7F>", b"<byte>")):
+        (tmp_path / "tokenizer.model").write_bytes(damaged.replace(piece, other))
+        with pytest.raises(UserError, match="is damaged: it must hold the 256 byte pieces"):
             Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="cannot read"):
         export_tokenizer_json(tmp_path / "absent.model", tmp_path)
