@@ -15,6 +15,7 @@ DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -25,6 +26,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 OPTAX_ROOMS = ("optim", "train", "experiments")     # Optax multiplies a Python float by an int32 count
 enable_compilation_cache(ROOT / ".pytest_cache" / "jax")
+
+# No deadline, since a busy machine is not a failure; the same examples on every machine, unless one goes searching with
+# `pytest --hypothesis-profile=search`.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("tests")
 
 seconds_by_file: defaultdict[str, float] = defaultdict(float)
 
