@@ -206,7 +206,7 @@ REFUSALS = [
     ({"auto_map": {"AutoModelForCausalLM": "modeling_other.Other"}}, r"auto_map is .*is not run"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r'quantization_config is .*"gptq".*unquantised'),
     ({"use_mrope": True}, r"use_mrope is true"),
-    ({"use_mrope": 1}, r"use_mrope is 1"),
+    ({"use_mrope": 0}, r"use_mrope is 0"),
     ({"is_causal": False}, r"is_causal is false"),
     ({"is_causal": None}, r"is_causal is null"),
     ({"qkv_bias": False}, r"qkv_bias is false"),
@@ -245,6 +245,8 @@ REFUSALS = [
     ({"dual_chunk_attention_config": CHUNK | {"sparse_attention": True}}, r"config.sparse_attention is true"),
     ({"num_experts": 8}, r"unknown field num_experts is 8.*--ignore-field num_experts"),
     ({"layer_scale": [0.1]}, r"unknown field layer_scale"),
+    ({"layer_scale": 0}, r"unknown field layer_scale is 0,"),
+    ({"layer_scale": []}, r"unknown field layer_scale is \[\],"),
     ({"two\nlines": 1}, r'unknown field "two\\nlines"'),
     ({"torch_dtype": "two\nlines"}, r"dtype 'two\\nlines'"),
 ]
@@ -302,6 +304,10 @@ def test_what_may_be_absent_takes_transformers_default():
     least = {name: DENSE[name] for name in MANDATORY}
     cfg = from_hf(least)
     assert (cfg.tied, cfg.window.enabled, cfg.head, cfg.bos_id, cfg.eos_ids) == (False, False, "lm", None, ())
+    optional = ("norm_topk_prob", "router_aux_loss_coef", "decoder_sparse_step", "mlp_only_layers")
+    moe = from_hf(without(MOE, *optional)).moe
+    assert moe == MoeConfig(experts=6, top_k=2, d_expert=8, d_shared=24, norm_topk_prob=False, aux_loss_coef=0.001,
+                            sparse_step=1, dense_layers=())
     with pytest.raises(UserError, match="sliding_window is missing while use_sliding_window is true"):
         from_hf(least | {"use_sliding_window": True})
 
@@ -316,23 +322,6 @@ def test_ignoring_a_field():
         from_hf(DENSE, ignore=["hidden_size"])
     with pytest.raises(UserError, match="unknown field b"):
         from_hf(DENSE | {"a": 1, "b": 2}, ignore=["a"])
-
-
-@pytest.mark.parametrize(("content", "message"), [
-    (b"{", r"is not valid JSON"),
-    (b"", r"is not valid JSON"),
-    (b"\xff\xfe\xfa", r"is not valid JSON"),
-    (b"[1, 2]", r"must hold a JSON object, found \[1, 2\]"),
-    (b"null", r"must hold a JSON object, found null"),
-    (b"[" * 100_000, r"nested too deeply"),
-    (b'{"vocab_size": ' + b"9" * 5000 + b"}", r"is not valid JSON"),
-    (b'{"vocab_size": 1, "vocab_size": 2}', r'key "vocab_size" stands there twice'),
-])
-def test_files_that_are_no_configuration(tmp_path, content, message):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_config(tmp_path)
-    assert str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_reading_a_folder_or_a_file(tmp_path):
@@ -370,7 +359,7 @@ def mutated(draw) -> object:
     return config
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated() | JSON)
 def test_any_mutation_is_read_or_refused(config):
     try:

@@ -211,7 +211,7 @@ def test_whatever_transformers_5_writes_is_read(tmp_path, moe, fields, sparse, k
 
 
 def transformers_4() -> str:
-    """An interpreter with transformers 4; `make .venv-tf4` builds one."""
+    """An interpreter with transformers 4; `make test` builds one."""
     named = os.environ.get("QWEN2_JAX_TRANSFORMERS4_PYTHON")
     python = Path(named) if named else ROOT / ".venv-tf4" / "bin" / "python"
     if not python.exists():
