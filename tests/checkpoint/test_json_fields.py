@@ -37,7 +37,7 @@ def test_a_usable_object(tmp_path):
 
 
 def test_what_counts_as_a_number():
-    assert [is_whole(v) for v in (0, -3, True, 1.0, "1", None, 2**63)] == [True, True, False, False, False, False, False]
+    assert [is_whole(v) for v in (0, -3, True, 1.0, "1", None, 2**63)] == [True, True, *[False] * 5]
     assert [is_number(v) for v in (0, 1.5, True, "1", math.nan, math.inf, 10**400)] == [True, True, *[False] * 5]
 
 
