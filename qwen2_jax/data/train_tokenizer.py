@@ -122,7 +122,7 @@ def _learn_merges(chunks: Counter[str], alphabet: dict[str, str], vocab_size: in
 
 
 def _rows(chunks: Counter[str], alphabet: dict[str, str]) -> Iterator[str]:
-    """Lines `chunk TAB count` in a fixed order, cut where a character is outside the alphabet."""
+    """Lines `chunk TAB count`, which the trainer sorts; cut where a character is outside the alphabet."""
     counts: Counter[str] = Counter()
     for chunk, n in chunks.items():
         part = ""
@@ -134,5 +134,5 @@ def _rows(chunks: Counter[str], alphabet: dict[str, str]) -> Iterator[str]:
                 part = ""
         counts[part] += n
     del counts[""]
-    for part, n in sorted(counts.items()):
+    for part, n in counts.items():
         yield f"{part}\t{n}"

@@ -84,6 +84,11 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths):
     assert sum(free[:2]) < 20 or len(free) < 2
 
 
+def test_a_rest_goes_into_the_fullest_row_that_has_room():
+    plan = plan_rows([7, 6, 3, 3], 10)  # 6, 5, 2 and 2 pairs
+    assert [[piece.length for piece in row] for row in plan.rows] == [[6, 2, 2], [5]]
+
+
 def test_a_batch_is_a_function_of_seed_and_number():
     packed = PackedDocuments(documents_of([50] * 30), T)
     late = packed.batch(40, 4, seed=1)
