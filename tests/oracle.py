@@ -1,7 +1,7 @@
 """transformers as the oracle: random models whose mistakes would show, and what they answer.
 
-At transformers' own initialisation biases are 0, norm scales 1, attention is flat and logits are tiny, so that wrong code
-passes. Here every kind of weight is drawn to matter, and `assert_telling` checks that it does.
+At transformers' own initialisation biases are 0, norm scales 1, attention is flat and logits are tiny, so that wrong
+code passes. Here every kind of weight is drawn to matter, and `assert_telling` checks that it does.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def answer(model: torch.nn.Module, cfg: ModelConfig, rows: Rows) -> Answer:
     """Each segment is a forward pass of its own: no mask, no padding, nothing to get wrong."""
     hidden: list[torch.Tensor] = []
     routing: list[list[torch.Tensor]] = [[] for _ in range(cfg.layers)]
-    hooks = [layer.register_forward_hook(lambda _, __, out: hidden.append(out[0].detach())) for layer in model.model.layers]
+    hooks = [layer.register_forward_hook(lambda _, __, out: hidden.append(out[0].detach()))
+             for layer in model.model.layers]
     for layer, block in zip(routing, model.model.layers, strict=True):
         if hasattr(block.mlp, "experts"):
             hooks.append(block.mlp.gate.register_forward_hook(lambda _, __, out, layer=layer: layer.append(out[0])))
@@ -193,7 +194,8 @@ def answer(model: torch.nn.Module, cfg: ModelConfig, rows: Rows) -> Answer:
     for b, at in rows.spans():
         hidden.clear()
         logits = model(torch.tensor(rows.ids_BT[b:b + 1, at]).long()).logits[0]
-        nll = nll + torch.nn.functional.cross_entropy(logits, torch.tensor(rows.targets_BT[b, at]).long(), reduction="sum")
+        targets = torch.tensor(rows.targets_BT[b, at]).long()
+        nll = nll + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         logits_BTV[b, at] = logits.detach().numpy()
         hidden_LBTD[:, b, at] = torch.stack(hidden).numpy()
     loss = nll / int(rows.real_BT.sum())

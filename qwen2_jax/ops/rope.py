@@ -16,8 +16,14 @@ from qwen2_jax.config import RopeConfig
 
 def default_inv_freq(theta: float, head_dim: int) -> np.ndarray:
     """theta^(-2i/H) for i in [0, H/2), float32, radians a position."""
+    return np.float32(1.0) / _wavelengths(theta, head_dim)
+
+
+def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
+    """theta^(2i/H), float32. A correctly rounded power equals torch's to the bit almost everywhere; numpy's own float32
+    power is off by one bit in every tenth, which at position 100,000 is a hundredth of a radian."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return (np.float32(1.0) / np.power(np.float32(theta), exponent)).astype(np.float32)
+    return np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
 
 
 def yarn_ramp_bounds(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
@@ -54,8 +60,9 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     low, high = yarn_ramp_bounds(rope, head_dim)
     high = high + 0.001 if low == high else high  # as transformers: no division by zero
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
-    interpolated = inv_freq / np.float32(rope.factor)
-    return (interpolated * ramp + inv_freq * (1 - ramp)).astype(np.float32), yarn_attention_factor(rope)
+    interpolated = np.float32(1.0) / (np.float32(rope.factor) * _wavelengths(rope.theta, head_dim))
+    kept = np.float32(1.0) - ramp
+    return interpolated * (np.float32(1.0) - kept) + inv_freq * kept, yarn_attention_factor(rope)
 
 
 def rope_tables(positions_BT, rope: RopeConfig, head_dim: int, long_B=None):

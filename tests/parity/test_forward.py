@@ -17,7 +17,7 @@ from tests.oracle import answer, random_model, random_rows, tensors, to_params
 from tests.parity.cases import BASE, CASES, TOLERANCE, assert_close, errors, gradient_error, our_answer
 
 SAME_PROGRAM = 2e-5
-"""Gradients of one program compiled in two ways, relative: the sums of attention are taken again, or in other groups."""
+"""Gradients of one program compiled in two ways, relative: sums are fused, and so ordered, otherwise."""
 
 
 @pytest.mark.parametrize("case", CASES)
