@@ -41,7 +41,7 @@ def convert(src: str | Path, dst: str | Path, *, to: Kind, dtype: DtypeName = "k
             ignore: Sequence[str] = (), progress: bool = False) -> Comparison | None:
     """Converts a checkpoint between Hugging Face's form and ours; returns what `verify` found, else None.
 
-    Host memory stays within a few pieces of 32 MiB, however large a stack is. `dst` appears complete or not at all.
+    Host memory stays within a few pieces of 16 MiB, however large a stack is. `dst` appears complete or not at all.
 
     Args:
       src: a Hugging Face folder, a `.safetensors` file with config.json beside it, an Orbax checkpoint, or a hub id.

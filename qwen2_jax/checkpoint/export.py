@@ -41,13 +41,25 @@ class LiveReader:
         """Rows [start, stop) of the tensor, as a new host array."""
         place = self._places[slot.name]
         leaf = self._leaves[place.path]
-        if not isinstance(leaf, jax.Array) or (len(leaf.devices()) == 1 and leaf.devices().pop().platform == "cpu"):
-            return np.array(np.asarray(leaf)[(*place.index, slice(start, stop))])  # asarray is a view here
-        # elsewhere only this piece leaves the device; starts are arguments, so equal shapes compile once
-        rest = slot.shape[1:]
-        piece = jax.lax.dynamic_slice(leaf, (*place.index, start, *(0 for _ in rest)),
-                                      (*(1 for _ in place.index), stop - start, *rest))
-        return np.asarray(piece).reshape(stop - start, *rest)
+        if not isinstance(leaf, jax.Array):
+            return np.array(leaf[(*place.index, slice(start, stop))])
+        wanted = [*(range(i, i + 1) for i in place.index), range(start, stop), *(range(n) for n in slot.shape[1:])]
+        out = np.empty([len(r) for r in wanted], leaf.dtype)
+        for shard in leaf.addressable_shards:
+            held = [range(*s.indices(n)) for s, n in zip(shard.index, leaf.shape, strict=True)]
+            both = [range(max(w.start, h.start), min(w.stop, h.stop)) for w, h in zip(wanted, held, strict=True)]
+            if shard.replica_id == 0 and all(both):
+                here = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(both, wanted, strict=True))
+                starts = [b.start - h.start for b, h in zip(both, held, strict=True)]
+                out[here] = _to_host(shard.data, starts, [len(b) for b in both])
+        return out.reshape(stop - start, *slot.shape[1:])
+
+
+def _to_host(shard: jax.Array, starts: list[int], sizes: list[int]) -> np.ndarray:
+    """A block of one device's array; only that block leaves the device."""
+    if shard.devices().pop().platform == "cpu":  # there, asarray is a view
+        return np.asarray(shard)[tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))]
+    return np.asarray(jax.lax.dynamic_slice(shard, starts, sizes))  # starts are arguments: equal shapes compile once
 
 
 def save_params(params: Mapping[str, Any], cfg: ModelConfig, dst: str | Path, *, dtype: DtypeName = "keep",

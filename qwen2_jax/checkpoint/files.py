@@ -6,6 +6,7 @@ import fnmatch
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from qwen2_jax.checkpoint import hf_config
 from qwen2_jax.checkpoint.json_fields import is_whole, read_object, shown
@@ -63,7 +64,7 @@ def _copy(src: Path, dst: Path) -> None:
         raise OSError(None, f"cannot copy {src}: {e}") from e
 
 
-def _ids(value: object) -> list[int]:
+def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [v for v in values if is_whole(v)]
 

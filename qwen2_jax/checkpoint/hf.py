@@ -171,7 +171,7 @@ class HfWriter:
     def write(self, slot: Slot, start: int, piece: np.ndarray) -> None:
         """Writes `piece` as rows [start, start + len(piece)) of the tensor."""
         file, begin = self._places[slot.name]
-        data = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         offset = begin + start * math.prod(slot.shape[1:]) * piece.dtype.itemsize
         with open(file, "r+b", buffering=0) as f:
             while data:

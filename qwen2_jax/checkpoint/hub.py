@@ -49,7 +49,7 @@ def _download(repo: str, revision: str | None) -> Path:
                         " log in with `hf auth login` or HF_TOKEN if it is private") from e
     except errors.HFValidationError as e:
         raise UserError(f"{repo} is neither a local path nor a valid hub repository id") from e
-    except errors.LocalEntryNotFoundError as e:  # also what offline mode ends in
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as e:
         raise UserError(f"{at} is not in the local hub cache and the hub cannot be reached (no connection, or"
                         " HF_HUB_OFFLINE is set): connect, or give a local folder") from e
     except errors.HfHubHTTPError as e:

@@ -68,8 +68,8 @@ class _Leaf:
     wanted: np.dtype | None
     pool: ThreadPoolExecutor
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of the leaf that `index` (slices of step 1) selects, as a new array."""
+    def read(self, index: Any) -> np.ndarray:
+        """The part of the leaf that `index` (a tuple of slices of step 1) selects, as a new array."""
         ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
         dtype = self.wanted or np.result_type(*{self.reader.dtype(slot) for _, slot in self.parts})
         out = _empty_aligned(tuple(len(r) for r in ranges), dtype)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import UserError
 from qwen2_jax.shapes import param_shapes
 
 ROWS = (
@@ -45,6 +46,8 @@ ROWS = (
     ("score.2.bias", "reward/dense2_bias"),
 )
 
+MAX_TENSORS = 100_000
+
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Buffers that old versions of transformers wrote; they follow from the configuration.
@@ -68,8 +71,13 @@ class Slot:
 def slots(cfg: ModelConfig, *, stacked: bool = True) -> list[Slot]:
     """Every tensor of a model, in the order of the Hugging Face modules: embedding, layer after layer, norm, head.
 
-    `stacked` says in which layout of our tree the places are; the order does not depend on it.
+    `stacked` says in which layout of our tree the places are; the order does not depend on it. Raises UserError for a
+    number of tensors that no checkpoint has, which a damaged config.json may ask for.
     """
+    tensors = cfg.layers * (1 if cfg.moe is None else cfg.moe.experts)
+    if tensors > MAX_TENSORS:
+        raise UserError(f"num_hidden_layers {cfg.layers} times num_experts is {tensors:,}; at most {MAX_TENSORS:,} are"
+                        " supported: check config.json")
     shapes = param_shapes(cfg, stacked=stacked)
     runs = {i: run for run in cfg.layer_runs(stacked=stacked) for i in run.layers}
     first_layer_row = next(n for n, (hf, _) in enumerate(ROWS) if "{i}" in hf)
@@ -112,7 +120,7 @@ def fused_experts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[in
     None when `name` is not such a tensor or its shape cannot be split; it is then reported like any unknown tensor.
     """
     match = _FUSED.match(name)
-    if match is None or len(shape) != 3:
+    if match is None or len(shape) != 3 or 0 in shape:
         return None
     prefix, parts = match[1], _FUSED_PARTS[match[2]]
     experts, out, width = shape

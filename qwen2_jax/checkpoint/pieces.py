@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen2_jax.checkpoint.names import Slot
 
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 16 * 2**20
 AHEAD = 3
 
 

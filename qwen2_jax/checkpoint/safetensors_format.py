@@ -42,7 +42,7 @@ class StoredTensor:
         """Reads rows [start, stop) of the first axis into a new array; raises UserError when the file is too short."""
         width = math.prod(self.shape[1:])
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         offset = self.begin + start * width * self.dtype.itemsize
         try:
             with open(self.file, "rb", buffering=0) as f:

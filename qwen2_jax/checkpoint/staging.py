@@ -27,7 +27,7 @@ def staged(dst: Path, *, needed: int = 0) -> Iterator[Path]:
     if os.path.lexists(dst):
         raise UserError(f"{dst} already exists: choose another destination or remove it first")
     partial = dst.parent / f"{dst.name}.partial-{os.getpid()}"
-    with _naming_disk_errors(dst), _terminate_raises():
+    with naming_disk_errors(dst), _terminate_raises():
         dst.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dst.parent).free
         if free < needed:
@@ -48,7 +48,8 @@ def staged(dst: Path, *, needed: int = 0) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _naming_disk_errors(dst: Path) -> Iterator[None]:
+def naming_disk_errors(dst: Path) -> Iterator[None]:
+    """Turns the system's refusals while `dst` is written into UserErrors, whichever library reports them."""
     try:
         yield
     except OSError as e:

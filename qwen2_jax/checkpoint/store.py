@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qwen2_jax.checkpoint.pieces import PIECE_BYTES
+from qwen2_jax.checkpoint.staging import naming_disk_errors
 from qwen2_jax.errors import UserError
 
 POSITION = "position"
@@ -44,12 +45,14 @@ class Store:
         """Starts to save step `step`; returns whether it is one to be saved (`force`: it is, whatever `every` says).
 
         `state` is {"params": tree, "optimizer": tree, …} of arrays, copied off the devices before this returns, so
-        they may be donated to the next step. `position` is JSON: what the data iterator needs to go on.
+        they may be donated to the next step. `position` is JSON: what the data iterator needs to go on. Raises
+        UserError when the disk is full, for this step or the one before, whose writing ends here.
         """
         items = {name: ocp.args.StandardSave(tree, save_args=jax.tree.map(_chunks, tree))
                  for name, tree in state.items()}
         args = ocp.args.Composite(**items, **{POSITION: ocp.args.JsonSave(dict(position))})
-        return self._manager.save(step, args=args, force=force)
+        with naming_disk_errors(self.path):
+            return self._manager.save(step, args=args, force=force)
 
     def restore(self, like: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """State and position of a step, by default the latest.
@@ -61,18 +64,27 @@ class Store:
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise UserError(f"{self.path} holds no checkpoint")
-        if step is None:
-            step = steps[-1]
+        step = steps[-1] if step is None else step
         if step not in steps:
             raise UserError(f"{self.path} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        for name, tree in like.items():
+            self._check(step, name, tree)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**items, **{POSITION: ocp.args.JsonRestore()}))
-        except (ValueError, KeyError, FileNotFoundError) as e:
-            reason = str(e).splitlines()[0]
-            raise UserError(f"{self.path}, step {step}, does not hold the state asked for: {reason}") from e
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items, **{POSITION: ocp.args.JsonRestore()}))
         return {name: restored[name] for name in like}, restored[POSITION]
+
+    def _check(self, step: int, name: str, like: Any) -> None:
+        """Raises UserError unless entry `name` of a step has the names and shapes of `like`; a dtype may be cast."""
+        folder = self.path / str(step) / name
+        if not folder.is_dir():
+            raise UserError(f"{self.path / str(step)} holds no {name}")
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = _shapes(checkpointer.metadata(folder).item_metadata)
+        wanted = _shapes(like)
+        for path in sorted(saved.keys() | wanted.keys()):
+            if saved.get(path) != wanted.get(path):
+                found, needed = (f"has shape {list(s[path])}" if path in s else "has none" for s in (saved, wanted))
+                raise UserError(f"{folder} does not fit at {path}: the checkpoint {found}, this program {needed}")
 
     def latest_step(self) -> int | None:
         """The last step that is complete on disk, None when there is none."""
@@ -80,12 +92,19 @@ class Store:
 
     def wait(self) -> None:
         """Returns when what is being saved is complete on disk; raises what went wrong meanwhile."""
-        self._manager.wait_until_finished()
+        with naming_disk_errors(self.path):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of the manager's threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:

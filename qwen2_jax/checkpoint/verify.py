@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -90,7 +91,7 @@ def _predict(checkpoint: Checkpoint) -> np.ndarray:
 
     @jax.jit
     def predict(params, ids_BT):
-        out = Decoder(cfg, dtype=jnp.float32, stacked=stacked, train=False).apply({"params": params}, ids_BT)
+        out: Any = Decoder(cfg, dtype=jnp.float32, stacked=stacked, train=False).apply({"params": params}, ids_BT)
         if cfg.head != "lm":
             return score(out.x_BTD[:, -1], out.head)
         return jax.nn.log_softmax(matmul(out.x_BTD, out.head["table"]))

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 DESCRIPTION = """\
-Converts a checkpoint, in host memory bounded by a few pieces of 32 MiB. DST appears complete or not at all.
+Converts a checkpoint, in host memory bounded by a few pieces of 16 MiB. DST appears complete or not at all.
 
 SRC is a Hugging Face folder, a .safetensors file with config.json beside it, an Orbax checkpoint (also a training run's
 folder or one of its steps), or a repository of the Hugging Face hub.

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,6 +6,7 @@ from safetensors import safe_open
 
 from qwen2_jax.checkpoint import names
 from qwen2_jax.checkpoint.hf_config import read_config
+from qwen2_jax.errors import UserError
 from qwen2_jax.presets import PRESETS
 from qwen2_jax.shapes import count_params, param_shapes
 
@@ -55,6 +57,13 @@ def test_sizes_of_all_published_models(preset):
     assert sum(math.prod(slot.shape) for slot in names.slots(cfg)) == count_params(cfg).total
 
 
+def test_a_number_of_experts_that_no_machine_holds_is_refused(hf_folder):
+    cfg = read_config(hf_folder("moe"))
+    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, experts=2**31 - 1))
+    with pytest.raises(UserError, match="num_experts"):
+        names.slots(cfg)
+
+
 def test_rows_are_unique_in_both_directions():
     hf, ours = zip(*names.ROWS, strict=True)
     assert len(set(hf)) == len(set(ours)) == len(names.ROWS)
@@ -69,6 +78,7 @@ def test_experts_in_one_tensor_are_taken_apart_where_transformers_5_put_them():
         ("model.layers.7.mlp.experts.0.down_proj.weight", (4, 5), 0),
         ("model.layers.7.mlp.experts.1.down_proj.weight", (4, 5), 20)]
     assert names.fused_experts("model.layers.7.mlp.experts.gate_up_proj", (3, 9, 4)) is None
+    assert names.fused_experts("model.layers.7.mlp.experts.gate_up_proj", (10**12, 2, 0)) is None
     assert names.fused_experts("model.layers.7.mlp.gate.weight", (3, 10, 4)) is None
 
 

@@ -1,0 +1,153 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from qwen2_jax.checkpoint import files
+from qwen2_jax.checkpoint.convert import convert
+from qwen2_jax.checkpoint.hf_config import read_config
+from qwen2_jax.checkpoint.load import load_params
+from qwen2_jax.checkpoint.store import Store
+from qwen2_jax.errors import UserError
+
+
+def mesh_of(*sizes):
+    return jax.make_mesh(sizes, ("x", "y")[:len(sizes)])
+
+
+def state_on(mesh, axis="x"):
+    params = {"layers_0": {"w": jnp.arange(32, dtype=jnp.float32).reshape(2, 4, 4)}, "norm": {"scale": jnp.ones(8)}}
+    sharding = {"layers_0": {"w": jax.NamedSharding(mesh, jax.P(None, axis))},
+                "norm": {"scale": jax.NamedSharding(mesh, jax.P(axis))}}
+    params = jax.device_put(params, sharding)
+    return {"params": params, "optimizer": optax.adamw(1e-3).init(params)}
+
+
+def like(tree, mesh, axis="x"):
+    def target(leaf):
+        spec = jax.P() if leaf.ndim == 0 else jax.P(*(None,) * (leaf.ndim > 1), axis)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(target, tree)
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+
+
+def test_restores_on_another_mesh_with_position(tmp_path):
+    state = state_on(mesh_of(4))
+    store = Store(tmp_path / "run")
+    assert store.latest_step() is None
+    assert store.save(3, state, {"epoch": 1, "row": 17})
+    store.close()
+    again = Store(tmp_path / "run")
+    assert again.latest_step() == 3
+    target = like(state, mesh_of(2, 2), "y")
+    restored, position = again.restore(target)
+    again.close()
+    assert equal(restored, state) and position == {"epoch": 1, "row": 17}
+    assert restored["params"]["layers_0"]["w"].sharding == target["params"]["layers_0"]["w"].sharding
+
+
+def test_parameters_alone_are_restored(tmp_path):
+    state = state_on(mesh_of(4))
+    store = Store(tmp_path)
+    store.save(0, state, {})
+    store.wait()
+    restored, _ = store.restore({"params": like(state["params"], mesh_of(1))})
+    store.close()
+    assert restored.keys() == {"params"} and equal(restored["params"], state["params"])
+
+
+def test_saving_does_not_wait_for_the_disk_and_survives_donation(tmp_path):
+    state = state_on(mesh_of(4))
+    expected = jax.tree.map(np.array, state)
+    store = Store(tmp_path)
+    store.save(1, state, {})
+    jax.tree.map(lambda leaf: leaf.delete(), state)  # what donation to the next step does
+    store.wait()
+    restored, _ = store.restore(like(expected, mesh_of(2)))
+    store.close()
+    assert equal(restored, expected)
+
+
+def test_keeps_the_newest_and_passes_over_the_steps_between(tmp_path):
+    store = Store(tmp_path, keep=2, every=10)
+    states = [{"params": {"w": jnp.full(4, float(step))}} for step in range(35)]
+    saved = [step for step in range(35) if store.save(step, states[step], {"step": step})]
+    assert saved == [0, 10, 20, 30]
+    assert store.save(34, states[34], {"step": 34}, force=True)
+    store.wait()
+    target = like(states[0], mesh_of(1))
+    assert store.restore(target)[1] == {"step": 34}
+    restored, position = store.restore(target, step=30)
+    assert restored["params"]["w"][0] == 30 and position == {"step": 30}
+    with pytest.raises(UserError, match="no checkpoint of step 20; it has 30, 34"):
+        store.restore(target, step=20)
+    store.close()
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    store = Store(tmp_path / "run")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        store.restore({"params": {}})
+    state = state_on(mesh_of(1))
+    store.save(0, state, {})
+    store.wait()
+    target = like(state["params"], mesh_of(1))
+    target["norm"]["scale"] = jax.ShapeDtypeStruct((9,), jnp.float32, sharding=target["norm"]["scale"].sharding)
+    with pytest.raises(UserError, match=r"norm/scale: the checkpoint has shape \[8\], this program has shape \[9\]"):
+        store.restore({"params": target})
+    del target["norm"]
+    with pytest.raises(UserError, match=r"norm/scale: the checkpoint has shape \[8\], this program has none"):
+        store.restore({"params": target})
+    target["new"] = target["layers_0"]["w"]
+    with pytest.raises(UserError, match=r"new: the checkpoint has none, this program has shape \[2, 4, 4\]"):
+        store.restore({"params": target})
+    with pytest.raises(UserError, match="holds no ema"):
+        store.restore({"ema": target})
+    store.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write checkpoints"):
+        Store(tmp_path / "file/run")
+
+
+def test_an_unfinished_step_is_not_the_latest(tmp_path):
+    store = Store(tmp_path)
+    store.save(1, {"params": {"w": jnp.zeros(4)}}, {})
+    store.close()
+    (tmp_path / "2.orbax-checkpoint-tmp/params").mkdir(parents=True)
+    store = Store(tmp_path)
+    assert store.latest_step() == 1
+    store.close()
+
+
+def test_a_step_of_a_run_is_a_checkpoint_to_convert(hf_folder, tensors, tmp_path):
+    """Parameters with the chunks of a training checkpoint go to Hugging Face's form slice by slice."""
+    params = load_params(hf_folder("mixed"), dtype="keep", stacked=True)
+    store = Store(tmp_path / "run")
+    for step in (9, 10):
+        store.save(step, {"params": params if step == 10 else {"w": jnp.zeros(3)}, "rest": {"n": jnp.zeros(1)}}, {})
+    store.close()
+    files.write_model_files(tmp_path / "run", read_config(hf_folder("mixed")), beside=hf_folder("mixed"))
+    for name, src in (("run", "run"), ("step", "run/10"), ("params", "run/10/params")):
+        convert(tmp_path / src, tmp_path / f"{name}_hf", to="safetensors")
+        assert tensors(tmp_path / f"{name}_hf") == tensors(hf_folder("mixed"))
+        assert (tmp_path / f"{name}_hf/tokenizer.json").exists()
+    with ocp.StandardCheckpointer() as checkpointer:
+        storage = checkpointer.metadata(tmp_path / "run/10/params").item_metadata["layers_2"]["moe"]["up"].storage
+    assert storage.chunk_shape == (1, 1, 16, 32)
+
+
+def test_a_full_disk_is_named(small_disk):
+    store = Store(small_disk / "run")
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}}
+    with pytest.raises(UserError, match=r"no space left on the disk of .*run"):
+        store.save(0, state, {})
+        store.wait()
+    assert store.latest_step() is None
