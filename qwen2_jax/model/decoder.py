@@ -169,8 +169,11 @@ class Decoder(nn.Module):
 
 def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True) -> dict:
     """Fresh float32 parameters: normal(init_std) matrices, zero biases, unit norms; the same in both layouts."""
-    variables = Decoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))
-    params = nn.meta.unbox(variables["params"])
+    @jax.jit    # so that the forward pass, which declares the parameters, is not computed
+    def init(key):
+        return nn.meta.unbox(Decoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+    params = init(key)
     return params if stacked else unstack(params, cfg)
 
 
