@@ -224,8 +224,13 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Tokens that a sequence may have: `max_position`, but with dual chunk attention no more than one chunk."""
-        return min(self.max_position, self.dual_chunk.chunk_size) if self.dual_chunk else self.max_position
+        """Tokens that a sequence may have: `max_position`, or what YaRN stretches the original context to; with dual chunk
+        attention no more than one chunk."""
+        if self.dual_chunk:
+            return min(self.max_position, self.dual_chunk.chunk_size)
+        if self.rope.kind == "yarn" and self.rope.original_max_position:
+            return max(self.max_position, int(self.rope.factor * self.rope.original_max_position))
+        return self.max_position
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

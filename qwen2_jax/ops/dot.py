@@ -16,6 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 PRODUCT = "product"
 """Name of every product with a weight, for a remat policy to keep."""
 
+NARROWEST = 8
+"""Fewest outputs of one product."""
+
 _OUT_IN = (((1,), (1,)), ((), ()))
 _OUT_OUT = (((1,), (0,)), ((), ()))
 _ROWS_ROWS = (((0,), (0,)), ((), ()))
@@ -59,11 +62,16 @@ def linear(x_xD, w_OD, bias_O=None):
 
 
 def _product(x_xD, w_OD):
-    """A single row is multiplied twice over: XLA for CPU takes one row through another kernel, whose sums differ in
-    their last bits (and which is ten times slower in bfloat16). From two rows on, a row's bits do not depend on its
-    company.
+    """The product, in shapes for which a row's bits do not depend on its company.
+
+    A single row is multiplied twice over: XLA for CPU takes one row through another kernel, whose sums differ in their
+    last bits (and which is ten times slower in bfloat16). From two rows on all rows are treated alike, unless there is
+    but a single output: narrow weights are padded with zeros.
     """
     x_RD = x_xD.reshape(-1, x_xD.shape[-1])
-    if x_RD.shape[0] == 1:
-        return _matmul(jnp.concatenate([x_RD, x_RD]), w_OD)[:1].reshape(*x_xD.shape[:-1], w_OD.shape[0])
-    return _matmul(x_RD, w_OD).reshape(*x_xD.shape[:-1], w_OD.shape[0])
+    rows, outputs = x_RD.shape[0], w_OD.shape[0]
+    if rows == 1:
+        x_RD = jnp.concatenate([x_RD, x_RD])
+    if outputs < NARROWEST:
+        w_OD = jnp.pad(w_OD, ((0, NARROWEST - outputs), (0, 0)))
+    return _matmul(x_RD, w_OD)[:rows, :outputs].reshape(*x_xD.shape[:-1], outputs)

@@ -1,0 +1,1 @@
+"""Loading a checkpoint to use it: logits, likelihoods, generation, chat."""

@@ -1,0 +1,274 @@
+"""The device side of generation: the state of all slots, and the compiled programs that change it.
+
+A *slot* is one row of the cache; a request sample lives in one slot from admission to its last token. Letters: R slots
+on this device, V vocabulary, T tokens of a prefill chunk, C tokens that one decode call may produce. Every program is
+one `per_device` function jitted with its state donated, so the cache is updated in place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.model.cache import empty_cache
+from qwen2_jax.model.decoder import Decoder
+from qwen2_jax.ops.sample import SamplingSettings, sample
+from qwen2_jax.ops.vocab import logits, target_logprobs
+from qwen2_jax.sharding.axes import BATCH, Axes
+from qwen2_jax.sharding.compiler import compile_serving
+from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device
+
+DECODE_CHUNK = 32
+"""Most tokens a slot produces in one decode call; between calls the host streams text and refills slots."""
+
+
+STOP_IDS = 4
+"""Stop ids that one compiled program checks; fewer are repeated."""
+
+
+class SlotState(NamedTuple):
+    """All slots. Leaves have the slot axis first; in the cache it is second, behind the layers."""
+
+    cache: dict
+    logits_RV: jax.Array
+    """Raw logits from which the next token of each slot is drawn."""
+    length_R: jax.Array
+    """Tokens in the cache: the next token goes to this slot of the row."""
+    budget_R: jax.Array
+    """Tokens that may still be drawn; 0 for a slot at rest."""
+    seen_RV: jax.Array
+    """Tokens of prompt and output, for the repetition penalty."""
+    key_R: jax.Array
+    long_R: jax.Array
+    settings: SamplingSettings
+
+
+class PromptState(NamedTuple):
+    """One prompt a device on its way into slots: n rows, one of each device."""
+
+    cache: dict
+    logits_nV: jax.Array
+    seen_nV: jax.Array
+    length_n: jax.Array
+
+
+class Admission(NamedTuple):
+    """What a slot needs beside its prompt, one entry a device."""
+
+    budget_n: jax.Array
+    key_n: jax.Array
+    long_n: jax.Array
+    settings: SamplingSettings
+
+
+class Decoded(NamedTuple):
+    """What one decode call drew: [R, C]; entries from `count_R` on are meaningless."""
+
+    token_RC: jax.Array
+    logprob_RC: jax.Array
+    count_R: jax.Array
+    stopped_R: jax.Array
+    """True when the last token drawn was a stop token."""
+
+
+class Programs:
+    """Compiled programs of one model on one mesh, compiled when a shape is first used.
+
+    `notify(what, seconds)` is called after each compilation.
+    """
+
+    def __init__(self, params: dict, cfg: ModelConfig, *, dtype: Any, stacked: bool, mesh: Mesh | None,
+                 notify: Callable[[str, float], None]):
+        self.params, self.cfg, self.dtype, self.stacked, self.mesh = params, cfg, dtype, stacked, mesh
+        self.devices = 1 if mesh is None else mesh.size
+        self._notify = notify
+        self._compiled: dict[tuple, Any] = {}
+
+    def new_state(self, slots: int, cache_slots: int) -> SlotState:
+        """State of `slots` slots at rest (a multiple of the devices) that hold `cache_slots` tokens each."""
+        def build():
+            off_R = jnp.zeros(slots, jnp.float32)
+            zero_R = jnp.zeros(slots, jnp.int32)
+            return SlotState(
+                self._cache(slots, cache_slots), jnp.zeros((slots, self.cfg.vocab), jnp.float32), zero_R, zero_R,
+                jnp.zeros((slots, self.cfg.vocab), bool), jax.random.split(jax.random.key(0), slots),
+                jnp.zeros(slots, bool), SamplingSettings(off_R, zero_R, off_R + 1, off_R + 1))
+
+        return self._make(build, self._state_spec())
+
+    def new_prompt(self, cache_slots: int) -> PromptState:
+        """Room for one prompt a device."""
+        def build():
+            n, vocab = self.devices, self.cfg.vocab
+            return PromptState(self._cache(n, cache_slots), jnp.zeros((n, vocab), jnp.float32),
+                               jnp.zeros((n, vocab), bool), jnp.zeros(n, jnp.int32))
+
+        return self._make(build, self._prompt_spec())
+
+    def prefill(self, prompt: PromptState, ids_nT, start_n, count_n, long_n, active_n) -> PromptState:
+        """Run one chunk of one prompt a device: `count` real tokens of T, from slot `start` of its row on.
+
+        Arrays have one entry a device; a device whose `active` is false leaves its prompt as it is. A chunk that starts
+        at 0 begins a new prompt.
+        """
+        return self._run("prefill", _prefill, (self._prompt_spec(), *(BATCH_SPEC,) * 5), self._prompt_spec(), True,
+                         prompt, ids_nT, start_n, count_n, long_n, active_n)
+
+    def insert(self, state: SlotState, prompt: PromptState, slot_n, active_n, admission: Admission) -> SlotState:
+        """Put each device's prompt into one of its slots and wake the slot."""
+        return self._run("insert", _insert, (self._state_spec(), self._prompt_spec(), *(BATCH_SPEC,) * 3),
+                         self._state_spec(), True, state, prompt, slot_n, active_n, admission)
+
+    def end(self, state: SlotState, slot_n, active_n) -> SlotState:
+        """Put a slot to rest."""
+        return self._run("end", _end, (self._state_spec(), *(BATCH_SPEC,) * 2), self._state_spec(), True,
+                         state, slot_n, active_n)
+
+    def decode(self, state: SlotState, stop_ids: Sequence[int], steps: int) -> tuple[SlotState, Decoded]:
+        """Draw up to `steps` ≤ DECODE_CHUNK tokens in every live slot; returns early when all are at rest."""
+        stop = np.resize(np.asarray(stop_ids or [-1], np.int32), max(STOP_IDS, len(stop_ids)))
+        return self._run("decode", _decode, (self._state_spec(), REPLICATED, REPLICATED),
+                         (self._state_spec(), BATCH_SPEC), True, state, stop, jnp.int32(steps))
+
+    def logits(self, ids_BT, long_B):
+        """float32 [B, T, V] of whole rows, padding on the right; B a multiple of the devices."""
+        return self._run("logits", _logits, (BATCH_SPEC, BATCH_SPEC), BATCH_SPEC, False, ids_BT, long_B)
+
+    def scores(self, ids_BT, targets_BT, long_B):
+        """(log p of each target, is it the arg-max), each [B, T], of whole rows."""
+        return self._run("scores", _scores, (BATCH_SPEC,) * 3, BATCH_SPEC, False, ids_BT, targets_BT, long_B)
+
+    def _cache(self, rows: int, cache_slots: int) -> dict:
+        return empty_cache(self.cfg, rows, cache_slots, self.dtype, stacked=self.stacked)
+
+    def _make(self, build: Callable, spec):
+        """The arrays `build` returns, each made where `spec` wants it."""
+        if self.mesh is None:
+            return jax.jit(build)()
+        shardings = jax.tree.map(partial(NamedSharding, self.mesh), spec, is_leaf=lambda x: isinstance(x, P))
+        return jax.jit(build, out_shardings=shardings)()
+
+    def _cache_spec(self) -> dict:
+        rows = P(None, BATCH)
+        return {run.name: {"k": rows, "v": rows} for run in self.cfg.layer_runs(stacked=self.stacked)}
+
+    def _state_spec(self) -> SlotState:
+        return SlotState(self._cache_spec(), *(BATCH_SPEC,) * 6, SamplingSettings(*(BATCH_SPEC,) * 4))
+
+    def _prompt_spec(self) -> PromptState:
+        return PromptState(self._cache_spec(), *(BATCH_SPEC,) * 3)
+
+    def _run(self, name: str, fn: Callable, in_specs, out_specs, donate: bool, *args):
+        """Call `fn(apply, *local args, ax=)` on every device, compiled for these shapes; `donate` the first of args."""
+        leaves = jax.tree.leaves(args)
+        key = (name, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._compiled:
+            def local(params, *local_args, ax: Axes):
+                model = Decoder(self.cfg, ax, self.dtype, self.stacked, train=False)
+                return fn(partial(model.apply, {"params": params}), *local_args, ax=ax)
+
+            mapped = per_device(local, self.mesh, (REPLICATED, *in_specs), out_specs)
+            began = time.perf_counter()
+            lowered = jax.jit(mapped, donate_argnums=(1,) if donate else ()).lower(self.params, *args)
+            self._compiled[key] = compile_serving(lowered)
+            self._notify(f"{name} {_describe(name, args)}", time.perf_counter() - began)
+        return self._compiled[key](self.params, *args)
+
+
+def _describe(name: str, args: tuple) -> str:
+    if name in ("logits", "scores", "prefill"):
+        ids = args[1] if name == "prefill" else args[0]
+        return "of {} x {} tokens".format(*ids.shape)
+    return f"for {args[0].length_R.shape[0]} slots"
+
+
+def _prefill(apply: Callable, prompt: PromptState, ids_1T, start_1, count_1, long_1, active_1, *,
+             ax: Axes) -> PromptState:
+    start, count = start_1[0], count_1[0]
+    out = apply(ids_1T, cache=prompt.cache, start=start, long_B=long_1)
+    last_1D = lax.dynamic_slice_in_dim(out.x_BTD[0], count - 1, 1)
+    seen_V = jnp.where(start == 0, False, prompt.seen_nV[0])
+    real_T = jnp.arange(ids_1T.shape[1]) < count
+    # Padding points one past the vocabulary, where the scatter drops it.
+    seen_V = seen_V.at[jnp.where(real_T, ids_1T[0], seen_V.shape[0])].set(True, mode="drop")
+    new = PromptState(out.cache, logits(last_1D, out.head["table"]), seen_V[None], start_1 + count_1)
+    return jax.tree.map(lambda new, old: jnp.where(active_1[0], new, old), new, prompt)
+
+
+def _insert(apply: Callable, state: SlotState, prompt: PromptState, slot_1, active_1, admission: Admission, *,
+            ax: Axes) -> SlotState:
+    slot, active = slot_1[0], active_1[0]
+
+    def put(leaf, new, axis: int = 0):
+        old = lax.dynamic_slice_in_dim(leaf, slot, 1, axis=axis)
+        return lax.dynamic_update_slice_in_dim(leaf, jnp.where(active, new, old), slot, axis)
+
+    return SlotState(
+        cache=jax.tree.map(partial(put, axis=1), state.cache, prompt.cache),
+        logits_RV=put(state.logits_RV, prompt.logits_nV), length_R=put(state.length_R, prompt.length_n),
+        budget_R=put(state.budget_R, admission.budget_n), seen_RV=put(state.seen_RV, prompt.seen_nV),
+        key_R=put(state.key_R, admission.key_n), long_R=put(state.long_R, admission.long_n),
+        settings=jax.tree.map(put, state.settings, admission.settings))
+
+
+def _end(apply: Callable, state: SlotState, slot_1, active_1, *, ax: Axes) -> SlotState:
+    ended_1 = jnp.where(active_1, 0, state.budget_R[slot_1])
+    return state._replace(budget_R=state.budget_R.at[slot_1].set(ended_1))
+
+
+def _decode(apply: Callable, state: SlotState, stop_ids, steps, *, ax: Axes) -> tuple[SlotState, Decoded]:
+    slots, rows = state.length_R.shape[0], jnp.arange(state.length_R.shape[0])
+    blank = (jnp.zeros((slots, DECODE_CHUNK), jnp.int32), jnp.zeros((slots, DECODE_CHUNK), jnp.float32),
+             jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool))
+
+    def unfinished(carry):
+        step, state, _ = carry
+        return (step < steps) & jnp.any(state.budget_R > 0)
+
+    def advance(carry):
+        step, state, out = carry
+        live_R = state.budget_R > 0
+        key_R = jax.vmap(jax.random.fold_in)(state.key_R, state.length_R)
+        token_R, logprob_R = sample(state.logits_RV, state.seen_RV, key_R, state.settings)
+        stopped_R = live_R & jnp.any(token_R[:, None] == stop_ids[None], axis=-1)
+        out = Decoded(out.token_RC.at[:, step].set(token_R), out.logprob_RC.at[:, step].set(logprob_R),
+                      out.count_R + live_R.astype(jnp.int32), out.stopped_R | stopped_R)
+        state = state._replace(
+            seen_RV=state.seen_RV.at[rows, token_R].max(live_R),
+            budget_R=jnp.where(stopped_R, 0, jnp.maximum(state.budget_R - 1, 0)))
+        # The last token of the last live slot needs no forward pass.
+        state = lax.cond(jnp.any(state.budget_R > 0), partial(_forward, apply, token_R=token_R), lambda s: s, state)
+        return step + 1, state, out
+
+    start = (jnp.int32(0), state, ax.vary(Decoded(*blank), BATCH))
+    _, state, out = lax.while_loop(unfinished, advance, ax.vary(start, BATCH))
+    return state, out
+
+
+def _forward(apply: Callable, state: SlotState, *, token_R) -> SlotState:
+    """Write the drawn tokens into the cache and get the logits after them; slots at rest stay where they are."""
+    live_R = state.budget_R > 0
+    out = apply(token_R[:, None], cache=state.cache, start=state.length_R, long_B=state.long_R)
+    return state._replace(cache=out.cache, logits_RV=logits(out.x_BTD[:, 0], out.head["table"]),
+                          length_R=state.length_R + live_R.astype(jnp.int32))
+
+
+def _logits(apply: Callable, ids_BT, long_B, *, ax: Axes):
+    out = apply(ids_BT, long_B=long_B)
+    return logits(out.x_BTD, out.head["table"])
+
+
+def _scores(apply: Callable, ids_BT, targets_BT, long_B, *, ax: Axes):
+    out = apply(ids_BT, long_B=long_B)
+    logprob_BT, _, greedy_BT = target_logprobs(out.x_BTD, out.head["table"], targets_BT)
+    return logprob_BT, greedy_BT

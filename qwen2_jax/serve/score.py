@@ -1,0 +1,104 @@
+"""Scoring given tokens: logits of whole rows, likelihoods of continuations. Rows of like length share a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen2_jax.data.tokenizer import Tokenizer
+from qwen2_jax.errors import UserError
+from qwen2_jax.serve.programs import Programs
+from qwen2_jax.sharding.mesh import BATCH_SPEC, place
+
+SHORTEST_ROW = 32
+ROWS_A_DEVICE = (1, 8)
+LOGIT_BYTES = 1 << 30
+"""Most bytes of float32 logits that a device makes in one call, as long as a single row fits."""
+
+
+def check_ids(ids: Any, vocab: int, what: str) -> list[int]:
+    """Token ids as a list of ints; UserError when empty, not whole numbers, or outside the vocabulary."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or not array.size:
+        found = f"shape {array.shape}" if array.size else "none"
+        raise UserError(f"{what} must be a list of at least one token id, found {found}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{what} must hold whole numbers, found {array.dtype}")
+    if array.min() < 0 or array.max() >= vocab:
+        bad = array[(array < 0) | (array >= vocab)][0]
+        raise UserError(f"{what} holds token id {bad}, outside the model's vocabulary of {vocab}")
+    return array.tolist()
+
+
+def id_rows(ids: Any, vocab: int) -> list[list[int]]:
+    """Rows of token ids, checked."""
+    if hasattr(ids, "ndim") and ids.ndim != 2:
+        raise UserError(f"token ids must be a list of lists or an array [B, T], found shape {tuple(ids.shape)}")
+    return [check_ids(row, vocab, f"row {i}") for i, row in enumerate(np.asarray(ids) if hasattr(ids, "ndim") else ids)]
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, number: int) -> tuple[list[int], int]:
+    """(ids of context and continuation tokenised as one text, where the continuation begins).
+
+    Spaces at the context's end go with the continuation, whose first token usually holds them (lm-evaluation-harness'
+    rule). An empty context becomes the end-of-text token.
+    """
+    if not continuation:
+        raise UserError(f"pair {number}: the continuation is empty, it has no likelihood")
+    head = context.rstrip()
+    if not head:
+        if tokenizer.pad_id is None:
+            raise UserError(f"pair {number}: the context is empty, and the tokenizer has no end-of-text token instead")
+        return [tokenizer.pad_id, *tokenizer.encode(context + continuation)], 1
+    ids, start = tokenizer.encode(context + continuation), len(tokenizer.encode(head))
+    if start >= len(ids):
+        raise UserError(f"pair {number}: its continuation {continuation!r} melts into the context's last token")
+    return ids, start
+
+
+def logits(programs: Programs, rows: Sequence[list[int]], long: Sequence[bool]) -> list[np.ndarray]:
+    """float32 [T, V] of each row."""
+    out: list[Any] = [None] * len(rows)
+    for members, ids_BT, long_B in _batches(programs, rows, long, logit_bytes=4 * programs.cfg.vocab):
+        result = np.asarray(programs.logits(*place((ids_BT, long_B), programs.mesh, BATCH_SPEC)))
+        for position, i in enumerate(members):
+            out[i] = result[position, :len(rows[i])].copy()
+    return out
+
+
+def loglikelihoods(programs: Programs, rows: Sequence[list[int]], starts: Sequence[int], long: Sequence[bool],
+                   progress: Callable[[int], None] | None) -> list[tuple[float, bool]]:
+    """(summed log-probability of each row's tokens from `start` on, are they all the arg-max)."""
+    out: list[Any] = [None] * len(rows)
+    for members, ids_BT, long_B in _batches(programs, [row[:-1] for row in rows], long, logit_bytes=0):
+        targets_BT = np.zeros_like(ids_BT)
+        for position, i in enumerate(members):
+            targets_BT[position, :len(rows[i]) - 1] = rows[i][1:]
+        arrays = place((ids_BT, targets_BT, long_B), programs.mesh, BATCH_SPEC)
+        logprob_BT, greedy_BT = map(np.asarray, programs.scores(*arrays))
+        for position, i in enumerate(members):
+            span = slice(starts[i] - 1, len(rows[i]) - 1)
+            out[i] = float(logprob_BT[position, span].sum(dtype=np.float64)), bool(greedy_BT[position, span].all())
+        if progress is not None:
+            progress(len(members))
+    return out
+
+
+def _batches(programs: Programs, rows: Sequence[list[int]], long: Sequence[bool], *,
+             logit_bytes: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Rows padded to powers of two, longest first: (their numbers, ids [B, T], long [B]). Few shapes to compile."""
+    widths = [max(SHORTEST_ROW, 1 << (len(row) - 1).bit_length()) for row in rows]
+    for width in sorted(set(widths), reverse=True):
+        members = [i for i, w in enumerate(widths) if w == width]
+        fitting = [n for n in ROWS_A_DEVICE if n * width * logit_bytes <= LOGIT_BYTES] or [1]
+        while members:
+            each = next((n for n in fitting if n * programs.devices >= len(members)), fitting[-1])
+            batch, members = members[:each * programs.devices], members[each * programs.devices:]
+            ids_BT = np.zeros((each * programs.devices, width), np.int32)
+            long_B = np.zeros(each * programs.devices, bool)
+            for position, i in enumerate(batch):
+                ids_BT[position, :len(rows[i])] = rows[i]
+                long_B[position] = long[i]
+            yield batch, ids_BT, long_B
