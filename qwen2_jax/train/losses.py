@@ -1,0 +1,97 @@
+"""Losses as sums: what a batch adds up to, and the one place where it is divided.
+
+`sums` adds over this device's rows and then over devices; `mean` turns the sums of a whole step into the number that is
+minimised. So the result does not depend on how a batch is packed, sharded, or split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.data.packing import PackedBatch
+from qwen2_jax.model.decoder import Decoder, Remat
+from qwen2_jax.ops.experts import RouterStats, load_balancing_loss
+from qwen2_jax.ops.vocab import target_logprobs
+from qwen2_jax.sharding.axes import BATCH, Axes
+
+ONE_DEVICE = Axes()
+
+jax.tree_util.register_dataclass(PackedBatch)   # here, because `data/` is numpy alone
+
+
+class LossSums(NamedTuple):
+    """Float32 sums over the counted targets of all devices."""
+
+    nll: jax.Array
+    """-log p(target), nats."""
+    z: jax.Array
+    """Squared log-sum-exp of the logits."""
+    correct: jax.Array
+    """Targets that are the arg-max."""
+    count: jax.Array
+    """Targets counted."""
+    router: RouterStats | None
+    """Over layers and all real tokens, whether their targets count or not; None for dense models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenLoss:
+    """Mean cross-entropy of the next token, plus the router's balancing loss (`model.moe.aux_loss_coef`), plus
+    `z_coef` times the mean of log-sum-exp squared (PaLM, section 5).
+
+    `dtype` is what the model computes in; `stacked` must match the parameters. `remat` as in `Decoder`.
+    """
+
+    model: ModelConfig
+    dtype: str = "float32"
+    stacked: bool = True
+    remat: Remat = "none"
+    z_coef: float = 0.0
+
+    def sums(self, params: dict, batch: PackedBatch, *, ax: Axes = ONE_DEVICE) -> LossSums:
+        """Sums over this device's rows [b, T], then over devices."""
+        decoder = Decoder(self.model, ax, jnp.dtype(self.dtype), self.stacked, remat=self.remat)
+        out: Any = decoder.apply({"params": params}, batch.ids_BT, positions_BT=batch.positions_BT,
+                                 segments_BT=batch.segments_BT)
+        with jax.named_scope("loss"):
+            logprob_BT, lse_BT, correct_BT = target_logprobs(out.x_BTD, out.head["table"], batch.targets_BT)
+            weight_BT = batch.weights_BT.astype(jnp.float32)
+            local = LossSums(nll=-jnp.sum(weight_BT * logprob_BT),
+                             z=jnp.sum(weight_BT * jnp.square(lse_BT)),
+                             correct=jnp.sum(weight_BT * correct_BT.astype(jnp.float32)),
+                             count=jnp.sum(weight_BT), router=out.router)
+        return ax.psum(local, BATCH)
+
+    def mean(self, sums: LossSums) -> jax.Array:
+        """The number to minimise, nats a token. A batch without targets gives 0."""
+        loss = (sums.nll + self.z_coef * sums.z) / jnp.maximum(sums.count, 1)
+        if self.model.moe is not None and sums.router is not None:
+            loss = loss + self.model.moe.aux_loss_coef * load_balancing_loss(sums.router)
+        return loss
+
+    def bends_in(self, batch: PackedBatch) -> LossSums | None:
+        """Those of the batch's sums in which `mean` is not linear, the others 0; None when only the model knows them.
+
+        They are what the gradient of `mean` depends on: with them, gradients of parts of the batch simply add up.
+        """
+        if self.model.moe is not None and self.model.moe.aux_loss_coef:
+            return None     # how many tokens each expert gets
+        zero = jnp.zeros((), jnp.float32)
+        router = None
+        if self.model.moe is not None:
+            zero_E = jnp.zeros((self.model.moe.experts,), jnp.float32)
+            router = RouterStats(zero_E, zero_E, zero)
+        return LossSums(zero, zero, zero, jnp.sum(batch.weights_BT.astype(jnp.float32)), router)
+
+    def metrics(self, sums: LossSums) -> dict[str, jax.Array]:
+        """Means over the step's targets: `nll` (nats), `accuracy`; their number `tokens`; `balance` of a router."""
+        count = jnp.maximum(sums.count, 1)
+        values = {"nll": sums.nll / count, "accuracy": sums.correct / count, "tokens": sums.count}
+        if sums.router is not None:
+            values["balance"] = load_balancing_loss(sums.router)
+        return values

@@ -1,0 +1,57 @@
+"""A training state to disk and back: stacked there, whatever its layout here, so that any program can go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from qwen2_jax.checkpoint.store import Store
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.model.params import stack, unstack
+from qwen2_jax.train.loop import Hook
+from qwen2_jax.train.step import TrainState
+
+
+class SaveState(Hook):
+    """Saves after every `every` updates and after update `stop`; `position(step)` is what the data needs to go on."""
+
+    def __init__(self, store: Store, cfg: ModelConfig, position: Callable[[int], Mapping[str, Any]], *, every: int,
+                 stop: int):
+        self.store, self.cfg, self.position, self.every, self.stop = store, cfg, position, every, stop
+
+    def after_step(self, step, state):
+        if step % self.every == 0 or step == self.stop:
+            self.store.save(step, stored_state(state, self.cfg), self.position(step), force=True)
+
+    def close(self):
+        self.store.wait()
+
+
+def stored_state(state: TrainState, cfg: ModelConfig) -> dict[str, Any]:
+    """The entries that `Store` saves; parameters and the optimizer's moments are stacked."""
+    return {"params": stack(state.params, cfg),
+            "optimizer": _relayout(stack, state.optimizer, cfg),
+            "step": {"updates": state.step}}
+
+
+def restore_state(store: Store, cfg: ModelConfig, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+    """State and data position of a saved step (default: the last), in the layout and on the devices of `like`.
+
+    `like` is a fresh state (`init_state`) of the same model and optimizer. Raises UserError as `Store.restore` does.
+    """
+    sharding = like.step.sharding
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                            jax.eval_shape(lambda s: stored_state(s, cfg), like))
+    saved, position = store.restore(abstract, step)
+    params, optimizer = saved["params"], saved["optimizer"]
+    if like.params.keys() != params.keys():
+        params, optimizer = unstack(params, cfg), _relayout(unstack, optimizer, cfg)
+    return TrainState(params, optimizer, saved["step"]["updates"]), position
+
+
+def _relayout(change: Callable, optimizer_state: Any, cfg: ModelConfig) -> Any:
+    """`change` applied to every tree in Optax's state that mirrors the parameters."""
+    return jax.tree.map(lambda node: change(node, cfg) if isinstance(node, dict) else node, optimizer_state,
+                        is_leaf=lambda node: isinstance(node, dict))

@@ -1,0 +1,110 @@
+"""One training step: the gradient of the mean over the whole batch, through the per-device map, then Optax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from qwen2_jax.errors import UserError
+from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device, place
+
+
+class TrainState(NamedTuple):
+    params: dict
+    """Float32 master weights."""
+    optimizer: Any
+    step: jax.Array
+    """Updates made so far, int32."""
+
+
+class Loss(Protocol):
+    """What `make_step` minimises; see `train.losses`."""
+
+    def sums(self, params: dict, batch: Any, *, ax: Any) -> Any: ...
+    def mean(self, sums: Any) -> jax.Array: ...
+    def bends_in(self, batch: Any) -> Any: ...
+    def metrics(self, sums: Any) -> dict[str, jax.Array]: ...
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """The state before the first step, on every device of the mesh. The arrays of `params` are given up to it."""
+    params = place(params, mesh)
+    return TrainState(params, jax.jit(optimizer.init)(params), place(jnp.zeros((), jnp.int32), mesh))
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, mesh: Mesh | None = None,
+              micro_batches: int = 1) -> Step:
+    """`step(state, batch) -> (state, metrics)`, jitted; the state given is donated.
+
+    `batch` is a tree of arrays [B, …], B a multiple of devices times `micro_batches`, which are computed one after the
+    other with the memory of one. Loss and gradient are those of the whole batch, up to rounding, whatever the split;
+    gradients are summed over devices once a micro-batch. A mixture-of-experts model with an auxiliary loss pays one
+    more forward pass for it, because that loss multiplies two sums over the batch.
+
+    Metrics are float32 scalars on device: `loss` (what is minimised), `grad_norm` (before clipping), `lr`, and the
+    loss's own.
+    """
+    global_sums = per_device(loss.sums, mesh, (REPLICATED, BATCH_SPEC), REPLICATED)
+    rows = micro_batches * (mesh.size if mesh is not None else 1)
+
+    def whole(params, batch):
+        sums = global_sums(params, batch)
+        return loss.mean(sums), sums
+
+    def gradients(params, batch):
+        if micro_batches == 1:
+            (_, sums), gradient = jax.value_and_grad(whole, has_aux=True)(params, batch)
+            return gradient, sums
+        return _accumulate(loss, global_sums, params, batch, micro_batches)
+
+    def step(state: TrainState, batch):
+        B = jax.tree.leaves(batch)[0].shape[0]
+        if B % rows:
+            raise UserError(f"a batch of {B} rows cannot be split over {rows} = devices x micro_batches; "
+                            "change the batch size or micro_batches")
+        gradient, sums = gradients(state.params, batch)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss.mean(sums), "grad_norm": optax.tree.norm(gradient), "lr": rate(state.step),
+                   **loss.metrics(sums)}
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(loss: Loss, global_sums: Callable, params: dict, batch: Any, micro_batches: int):
+    """(gradient of `mean` over all micro-batches, their sums), with one micro-batch's activations at a time."""
+    micro = jax.tree.map(lambda x: _split_rows(x, micro_batches), batch)
+    zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                             jax.eval_shape(global_sums, params, jax.tree.map(lambda x: x[0], micro)))
+
+    def add_sums(total, part):
+        return jax.tree.map(jnp.add, total, global_sums(params, part)), None
+
+    bends_in = loss.bends_in(batch)
+    if bends_in is None:
+        bends_in, _ = lax.scan(add_sums, zero_sums, micro)
+    slopes = jax.grad(loss.mean)(bends_in)
+
+    def add_gradient(carry, part):
+        gradient, total = carry
+        sums, pull_back = jax.vjp(lambda p: global_sums(p, part), params)
+        return (jax.tree.map(jnp.add, gradient, pull_back(slopes)[0]), jax.tree.map(jnp.add, total, sums)), None
+
+    (gradient, sums), _ = lax.scan(add_gradient, (jax.tree.map(jnp.zeros_like, params), zero_sums), micro)
+    return gradient, sums
+
+
+def _split_rows(x: jax.Array, micro_batches: int) -> jax.Array:
+    """[B, …] → [M, B/M, …], micro-batch m taking rows m, m + M, …: so each device's rows stay on it."""
+    return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)

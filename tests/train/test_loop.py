@@ -1,0 +1,76 @@
+"""Order of events in the loop, with a step that only counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen2_jax.errors import UserError
+from qwen2_jax.train.loop import Hook, fit
+
+
+class Recorder(Hook):
+    def __init__(self, events):
+        self.events = events
+
+    def after_step(self, step, state):
+        self.events.append(("after", step, state))
+
+    def on_metrics(self, step, metrics):
+        self.events.append(("metrics", step, metrics["loss"]))
+
+    def close(self):
+        self.events.append("closed")
+
+
+class Lazy:
+    """A metric that notes when it is read."""
+
+    def __init__(self, value, events):
+        self.value, self.events = value, events
+
+    def __float__(self):
+        self.events.append(("read", self.value))
+        return float(self.value)
+
+
+def counting(events):
+    def step(state, batch):
+        events.append(("dispatch", batch))
+        return state + batch, {"loss": Lazy(batch, events)}
+
+    return step
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read():
+    events = []
+    state = fit(0, counting(events), iter([10, 20, 30, 40]), stop=3, hooks=[Recorder(events)])
+    assert state == 60
+    assert events == [("dispatch", 10), ("after", 1, 10),
+                      ("dispatch", 20), ("read", 10), ("metrics", 1, 10.0), ("after", 2, 30),
+                      ("dispatch", 30), ("read", 20), ("metrics", 2, 20.0), ("after", 3, 60),
+                      ("read", 30), ("metrics", 3, 30.0), "closed"]
+
+
+def test_one_batch_is_taken_for_each_update():
+    source = iter(range(10))
+    fit(0, counting([]), source, start=4, stop=7)
+    assert next(source) == 3
+
+
+def test_steps_are_numbered_from_start():
+    events = []
+    fit(0, counting(events), range(1, 9), start=4, stop=6, hooks=[Recorder(events)])
+    assert [e[1] for e in events if e[0] == "after"] == [5, 6]
+
+
+def test_nothing_to_do():
+    events = []
+    assert fit(7, counting(events), [], start=3, stop=3, hooks=[Recorder(events)]) == 7
+    assert events == ["closed"]
+
+
+def test_data_that_ends_early_is_said_and_hooks_are_closed():
+    events = []
+    with pytest.raises(UserError, match="ended after 2 of 5 steps"):
+        fit(0, counting(events), [1, 2], stop=5, hooks=[Recorder(events)])
+    assert events[-1] == "closed"
