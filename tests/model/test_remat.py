@@ -41,7 +41,7 @@ def test_policies(name):
         return any(len(s) > 2 and s[0] == layers and s[-1] == last for s in kept)
 
     def holds_scores(kept) -> bool:
-        return any(s[-3:] == (cfg.kv_heads, cfg.group * 12, 12) for s in kept)
+        return any(s[-4:] == (2, cfg.kv_heads, cfg.group * 12, 12) for s in kept)
 
     assert holds(full, cfg.d_model) and not holds(full, queries) and not holds(full, width)
     assert holds(dots, queries) and holds(dots, width)
