@@ -58,7 +58,7 @@ class TreeWriter:
                 "metadata": {"shape": shapes[slot.path], "chunks": chunk, "dtype": _zarr_name(dtype),
                              "fill_value": None, "compressor": {"id": "zstd", "level": 1},
                              "dimension_separator": "."},
-                "create": True, "store_data_equal_to_fill_value": True}, context=_LATER).result()
+                "create": True}, context=_LATER).result()
         self._waiting: collections.deque[ts.Future] = collections.deque()
 
     def write(self, slot: Slot, start: int, piece: np.ndarray) -> None:

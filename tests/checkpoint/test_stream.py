@@ -146,8 +146,9 @@ def test_what_orbax_itself_wrote_is_read(form, tmp_path):
     assert jax.tree.structure(tree).num_leaves == 2
 
 
-def test_a_disk_that_fills_up_while_chunks_are_written(small_disk):
-    tree = {"w": np.random.default_rng(0).normal(size=(64, 256, 128)).astype(F32)}
+@pytest.mark.parametrize(("layers", "rows"), [(64, 256), (3, 2048)])  # three pieces are queued: `close` has to tell
+def test_a_disk_that_fills_up_while_chunks_are_written(layers, rows, small_disk):
+    tree = {"w": np.random.default_rng(0).normal(size=(layers, rows, 128)).astype(F32)}
     with pytest.raises(UserError, match=r"no space left on the disk of .*dst"), staged(small_disk / "dst") as partial:
-        write(partial / "params", tree, [Slot(str(i), "w", (i,), (256, 128)) for i in range(64)])
+        write(partial / "params", tree, [Slot(str(i), "w", (i,), (rows, 128)) for i in range(layers)])
     assert list(small_disk.iterdir()) == []
