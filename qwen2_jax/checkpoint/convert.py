@@ -101,10 +101,12 @@ def _writer(to: Kind, folder: Path, cfg: ModelConfig, slots: list[Slot], dtypes:
 
 def _copy(reader: Reader, writer: Writer, slots: list[Slot], dtypes: list[np.dtype], shown_size: int | None) -> None:
     with tqdm(total=shown_size, unit="B", unit_scale=True, desc="convert", disable=shown_size is None) as bar:
-        for slot, start, piece in read_ahead(reader, slots, dtypes):
-            writer.write(slot, start, piece)
-            bar.update(piece.nbytes)
-        writer.close()
+        try:
+            for slot, start, piece in read_ahead(reader, slots, dtypes):
+                writer.write(slot, start, piece)
+                bar.update(piece.nbytes)
+        finally:
+            writer.close()  # after an error too: a write still under way would put files into the folder being removed
 
 
 def _check_stackable(slots: list[Slot], dtypes: list[np.dtype]) -> None:

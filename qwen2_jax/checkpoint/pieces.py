@@ -28,7 +28,10 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Weights being written; complete once every row has been given and `close` has returned."""
+    """Weights being written; complete once every row has been given and `close` has returned.
+
+    `close` is called after an error too, and returns or raises only when nothing is being written any more.
+    """
 
     def write(self, slot: Slot, start: int, piece: np.ndarray) -> None: ...
 

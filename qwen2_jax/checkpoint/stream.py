@@ -69,9 +69,15 @@ class TreeWriter:
             self._waiting.popleft().result()
 
     def close(self) -> None:
-        """Returns when every piece is on disk."""
+        """Returns when no write is under way any more; raises the first error of those that were."""
+        errors = []
         while self._waiting:
-            self._waiting.popleft().result()
+            try:
+                self._waiting.popleft().result()
+            except (ValueError, RuntimeError) as e:
+                errors.append(e)
+        if errors:
+            raise errors[0]
 
 
 class TreeReader:

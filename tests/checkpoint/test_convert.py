@@ -13,6 +13,7 @@ from qwen2_jax.checkpoint import files, stream
 from qwen2_jax.checkpoint.convert import convert, parse_size
 from qwen2_jax.checkpoint.hf import HfWriter
 from qwen2_jax.checkpoint.hf_config import read_config
+from qwen2_jax.checkpoint.safetensors_format import StoredTensor
 from qwen2_jax.checkpoint.source import open_checkpoint
 from qwen2_jax.errors import UserError
 
@@ -240,3 +241,19 @@ def test_pieces_much_smaller_than_tensors_change_nothing(hf_folder, tensors, tmp
     assert len(list((tmp_path / "orbax/params/embed.table").glob("*.*"))) > 20
     convert(tmp_path / "orbax", tmp_path / "hf", to="safetensors", dtype="bfloat16")
     assert tensors(tmp_path / "hf") == tensors(hf_folder("dense"))
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_an_error_while_pieces_are_being_written_leaves_nothing(attempt, hf_folder, tmp_path, monkeypatch):
+    """The writes under way when the reader fails must not put files into the folder that is being removed."""
+    read, count = StoredTensor.rows, iter(range(1000))
+
+    def fail_late(self, start, stop):
+        if next(count) == 10 + attempt:
+            raise UserError("damaged")
+        return read(self, start, stop)
+
+    monkeypatch.setattr(StoredTensor, "rows", fail_late)
+    with pytest.raises(UserError, match="damaged"):
+        convert(hf_folder("mixed"), tmp_path / "dst", to="orbax")
+    assert list(tmp_path.iterdir()) == []

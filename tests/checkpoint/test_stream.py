@@ -66,9 +66,11 @@ def test_chunks_hold_rows_of_one_layer_and_one_expert(hf_folder, tmp_path):
 
 def write(folder, tree, slots):
     writer = TreeWriter(folder, {s.path: tree[s.path].shape for s in slots}, slots, [tree[s.path].dtype for s in slots])
-    for slot in slots:
-        writer.write(slot, 0, np.ascontiguousarray(tree[slot.path][slot.index]))
-    writer.close()
+    try:
+        for slot in slots:
+            writer.write(slot, 0, np.ascontiguousarray(tree[slot.path][slot.index]))
+    finally:
+        writer.close()
 
 
 def test_values_equal_to_the_fill_value_are_stored_too(tmp_path):
