@@ -224,8 +224,8 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Tokens that a sequence may have: `max_position`, or what YaRN stretches the original context to; with dual chunk
-        attention no more than one chunk."""
+        """Tokens that a sequence may have: `max_position`, or what YaRN stretches the original context to; with dual
+        chunk attention no more than one chunk."""
         if self.dual_chunk:
             return min(self.max_position, self.dual_chunk.chunk_size)
         if self.rope.kind == "yarn" and self.rope.original_max_position:

@@ -16,8 +16,10 @@ from qwen2_jax.errors import UserError
 CONFIG, GENERATION, MARK = "config.json", "generation_config.json", "qwen2_jax.json"
 FORMAT = 1
 
-TOKENIZER_FILES = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template*", "*.tiktoken", "*.model", "additional_chat_templates")
+# With the modules that an `auto_map` in a config names: transformers needs them beside it.
+TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "configuration_*.py", "modeling_*.py", "vocab.json", "vocab.txt",
+                   "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken",
+                   "*.model", "additional_chat_templates")
 
 
 def write_model_files(folder: Path, cfg: ModelConfig, *, beside: Path | None = None) -> None:

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
     collect: bool = False
 
     @nn.compact
-    def __call__(self, ids_BT, *, positions_BT=None, segments_BT=None, cache=None, start=None,
+    def __call__(self, ids_BT, *, positions_BT=None, segments_BT=None, cache: dict | None = None, start: Any = None,
                  long_B=None) -> DecoderOutput:
         """Hidden states of int32 tokens [B, T].
 
@@ -127,8 +127,9 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(steps_T, (B, T))
         counts_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
         if cache is None and long_B is None and cfg.rope.when == "long":
-            long_B = jnp.where(counts_BT, positions_BT, 0).max(1) >= cfg.rope.original_max_position
-        context = Context(*rope_tables(positions_BT, cfg.rope, cfg.head_dim, long_B), segments_BT, start, slots_BT)
+            long_B = jnp.where(counts_BT, positions_BT, 0).max(1) >= jnp.int32(cfg.rope.original_max_position)
+        cos_BTh, sin_BTh = rope_tables(positions_BT, cfg.rope, cfg.head_dim, long_B)
+        context = Context(cos_BTh, sin_BTh, segments_BT, start, slots_BT)
 
         table_VD = Embed(*common, name="embed")()
         x_BTD = embed(ids_BT, table_VD)
@@ -157,8 +158,9 @@ class Decoder(nn.Module):
             policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if self.remat == "dots" else None
             # Outside a real loop the compiler would merge the recomputation with the first computation.
             block = nn.remat(Block, prevent_cse=run.length == 1, policy=policy)
+        in_axes: Any = (nn.broadcast, nn.broadcast, 0)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=run.length,
-                          in_axes=(nn.broadcast, nn.broadcast, 0), metadata_params={nn.PARTITION_NAME: "layers"})
+                          in_axes=in_axes, metadata_params={nn.PARTITION_NAME: "layers"})
         return scanned(self.cfg, self.ax, self.dtype, self.train, run.sparse, self.collect, name=run.name)
 
     def _layer_inputs(self, run: LayerRun):

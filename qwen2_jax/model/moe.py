@@ -34,6 +34,7 @@ class Moe(nn.Module):
     def __call__(self, x_BTD, counts_BT) -> tuple[jax.Array, RouterStats]:
         """→ ([B, T, D], router statistics over the tokens where `counts_BT` holds)."""
         moe, init = self.cfg.moe, normal(self.cfg.init_std)
+        assert moe is not None      # the decoder makes this block for sparse layers only
         D, E, F, S = self.cfg.d_model, moe.experts, moe.d_expert, moe.d_shared
         expert_axes = ("expert", "expert_ffn", "embed")
         w = ExpertWeights(weight(self, "gate", (E, F, D), expert_axes, init),

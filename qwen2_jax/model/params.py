@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,13 +20,13 @@ def normal(std: float) -> Callable:
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
+def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
     """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype.
 
-    `module` has fields `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded in another dtype is used as
+    `module` is a Linen module with fields `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded in another dtype is used as
     it is, and cast here.
     """
-    stored = module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+    stored: Any = module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
     # Cast first: the gradient's sum over devices then happens once, here, for the whole step.
     return module.ax.vary(stored.astype(module.dtype), BATCH)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,8 +29,11 @@ def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
 
 def yarn_ramp_bounds(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
     """Frequency indices between which YaRN goes from extrapolation to interpolation."""
+    original = rope.original_max_position
+    assert original is not None     # RopeConfig refuses YaRN without it
+
     def index(rotations: float) -> float:
-        wavelength = rope.original_max_position / (rotations * 2 * math.pi)
+        wavelength = original / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
     low, high = index(rope.beta_fast), index(rope.beta_slow)
@@ -65,7 +69,7 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     return interpolated * (np.float32(1.0) - kept) + inv_freq * kept, yarn_attention_factor(rope)
 
 
-def rope_tables(positions_BT, rope: RopeConfig, head_dim: int, long_B=None):
+def rope_tables(positions_BT, rope: RopeConfig, head_dim: int, long_B=None) -> tuple[jax.Array, jax.Array]:
     """cos, sin float32 [B, T, H/2] at integer positions.
 
     `long_B` bool [B] is needed when `rope.when == "long"`: rows that are not long keep plain RoPE.
@@ -77,7 +81,8 @@ def rope_tables(positions_BT, rope: RopeConfig, head_dim: int, long_B=None):
         raise ValueError('rope_when "long" needs to be told which rows are long')
     plain = _tables(positions_BT, default_inv_freq(rope.theta, head_dim), 1.0)
     long = _tables(positions_BT, scaled, factor)
-    return tuple(jnp.where(long_B[:, None, None], a, b) for a, b in zip(long, plain, strict=True))
+    cos_BTh, sin_BTh = (jnp.where(long_B[:, None, None], a, b) for a, b in zip(long, plain, strict=True))
+    return cos_BTh, sin_BTh
 
 
 def _tables(positions_BT, inv_freq_h: np.ndarray, factor: float):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
-CPU_SERVING = {
+CPU_SERVING: dict[str, Any] = {
     # YNNPACK's reductions split a sum by the number of rows, so that a row's last bits depend on its batch; XLA's own
     # do not. Matrix products stay with YNNPACK, whose rows are equal from two rows on (ops/dot.py). Measured with JAX
     # 0.10.2: tests/serve/test_batch_independence.py fails without it.
