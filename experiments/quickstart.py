@@ -52,7 +52,7 @@ from qwen2_jax.train.metrics import MetricsFile, Progress, bits_per_byte, read_m
 from qwen2_jax.train.resume import SaveState
 from qwen2_jax.train.step import init_state, make_step
 
-PROMPTS = ("def fibonacci(", "import ", "class Stack:\n    def __init__(self", "for line in ")
+PROMPTS = ("def fibonacci(", "import os\nimport", "class Stack:\n    def __init__(self", "for line in")
 MUST_SAVE = 0.15
 """Share of the trigram's bits per byte that the model must do without."""
 LOGIT_TOLERANCE = 1e-4
@@ -63,15 +63,15 @@ SUMMARY = "quickstart.json"
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     vocab: int = 2048
-    layers: int = 4
-    d_model: int = 128
-    d_ff: int = 352
-    heads: int = 2
-    kv_heads: int = 1
+    layers: int = 2
+    d_model: int = 256
+    d_ff: int = 704
+    heads: int = 4
+    kv_heads: int = 2
     row_length: int = 256
     batch: int = 4
-    steps: int = 2000
-    peak: float = 1e-2
+    steps: int = 1600
+    peak: float = 3e-3
     seed: int = 0
     evaluations: int = 6
     sample_tokens: int = 8_000
@@ -106,6 +106,7 @@ class Report:
 
 def quickstart(settings: Settings, out: Path) -> dict[str, Any]:
     """Run everything into `out`, which appears whole or not at all and replaces an earlier run's; the summary."""
+    out = out.absolute()
     _check_replaceable(out)
     fresh = out.with_name(f"{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)    # of a run that was killed between its last two renames
@@ -222,8 +223,8 @@ def _export(settings: Settings, folder: Path, cfg: ModelConfig, params: dict, do
     report.values["logit_difference"] = difference
     report.say("export", f"safetensors written and loaded back, logits equal to {difference:.1e} "
                f"(at most {LOGIT_TOLERANCE:.0e})")
-    for prompt, generation in zip(PROMPTS, lm.generate(PROMPTS, max_new_tokens=settings.new_tokens, temperature=0.5,
-                                                       seed=settings.seed), strict=True):
+    for prompt, generation in zip(PROMPTS, lm.generate(PROMPTS, max_new_tokens=settings.new_tokens, temperature=0.7,
+                                                       top_p=0.8, seed=settings.seed), strict=True):
         print("\n    " + (prompt + generation.text).replace("\n", "\n    "))
     print()
 

@@ -39,7 +39,8 @@ def finished(settings, tmp_path_factory):
 
 def test_a_second_run_replaces_the_first(finished):
     out, summary = finished
-    assert {path.name for path in out.iterdir()} >= {"checkpoints", "hf", "tokenizer", "metrics.jsonl", "quickstart.json"}
+    made = {path.name for path in out.iterdir()}
+    assert made >= {"checkpoints", "hf", "tokenizer", "metrics.jsonl", "quickstart.json"}
     assert not (out / "left over").exists()
     assert [path.name for path in out.parent.iterdir()] == ["quickstart"], "a temporary folder was left"
     assert json.loads((out / "quickstart.json").read_text()) == summary

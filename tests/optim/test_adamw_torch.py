@@ -21,8 +21,8 @@ pytestmark = pytest.mark.parity
 
 STEPS, LR, DECAY, CLIP, BETAS, EPS = 3, 1e-3, 0.1, 1.0, (0.9, 0.95), 1e-8
 TOLERANCE = 1e-3
-"""Relative L2 of each tensor's total update. Float32 gradients of two frameworks differ by about 1e-6 of a tensor's norm;
-Adam divides each element by its own size, so small elements show that much larger."""
+"""Relative L2 of each tensor's total update. Float32 gradients of two frameworks differ by about 1e-6 of a tensor's
+norm; Adam divides each element by its own size, so small elements show that much larger."""
 TINY_GRADIENT = 1e-7
 """Below it, but above 0, an element's sign is rounding, and its update is a coin's throw."""
 MAX_TINY = 0.01
