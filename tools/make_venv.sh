@@ -29,8 +29,8 @@ pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install $q
 # Sizes for Linux on x86-64, added up from the wheels that constraints/ names.
 case $kind in
 core) size="about 300 MB" ;;
-dev) if [ -n "${TORCH_INDEX:-}" ]; then size="about 600 MB"; else size="about 3.1 GB, 2.7 GB of it torch with its GPU \
-libraries (make test TORCH_INDEX=https://download.pytorch.org/whl/cpu: about 600 MB in all)"; fi ;;
+dev) if [ -n "${TORCH_INDEX:-}" ]; then size="about 800 MB"; else size="about 3.3 GB, 2.7 GB of it torch with its GPU \
+libraries (about 800 MB in all with TORCH_INDEX=URL naming an index of CPU builds)"; fi ;;
 tf4) size="about 50 MB" ;;
 smoke) size="about 300 MB" ;;
 esac
