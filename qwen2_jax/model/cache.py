@@ -1,7 +1,8 @@
 """The key-value cache: one pair of arrays a run of layers, [R, B, K, S, H].
 
 Slot s of a row holds its s-th token. Right-padded prompts leave garbage beyond their end; it is never seen, because a
-query sees slots up to its own only, and each new token overwrites its slot before it is attended to.
+query sees slots up to its own only, and each new token overwrites its slot before it is attended to. A bfloat16 cache
+holds its numbers as their bits, uint16 (ops/bits.py says why).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from jax import lax
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.ops.attention import KEY_BLOCK
+from qwen2_jax.ops.bits import as_bits, bits_dtype
 
 
 def cache_slots(tokens: int) -> int:
@@ -19,19 +21,21 @@ def cache_slots(tokens: int) -> int:
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype, *, stacked: bool) -> dict:
-    """Zeros for `batch` rows of `slots` tokens; the same run names as the parameters."""
+    """Zeros for `batch` rows of `slots` tokens of `dtype`; the same run names as the parameters."""
     def leaf(run):
-        return jnp.zeros((run.length, batch, cfg.kv_heads, slots, cfg.head_dim), dtype)
+        return jnp.zeros((run.length, batch, cfg.kv_heads, slots, cfg.head_dim), bits_dtype(dtype))
 
     return {run.name: {"k": leaf(run), "v": leaf(run)} for run in cfg.layer_runs(stacked=stacked)}
 
 
 def write(cache_RBKSH, layer, new_BTKH, start):
-    """The cache with `new` written at slots start … start+T-1 of `layer`.
+    """The cache with `new`, of the cache's dtype, written at slots start … start+T-1 of `layer`.
 
     `start` int32: a scalar, the same slot in all rows; or [B] with T = 1, a slot of its own for each row.
     """
-    new = new_BTKH.astype(cache_RBKSH.dtype)
+    new = as_bits(new_BTKH)
+    if start.ndim == 0 and new.shape[1] == 1:
+        start = jnp.broadcast_to(start, new.shape[:1])      # XLA for CPU would copy the cache to write one slice to it
     if start.ndim == 0:
         return lax.dynamic_update_slice(cache_RBKSH, new.swapaxes(1, 2)[None], (layer, 0, 0, start, 0))
     if new.shape[1] != 1:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen2_jax.ops.bits import from_bits
 from qwen2_jax.sharding.axes import BATCH, ONE_DEVICE, Axes
 
 MASKED = -1e30
@@ -60,7 +61,8 @@ def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int
     """Attention of queries at `slots_BT` over a cache that already holds their own keys → [B, T, N, H] in q's dtype.
 
     Reads key blocks up to the furthest slot in use, merging them with an online softmax. A block in which a row sees
-    nothing leaves that row's sums untouched, to the last bit. S must be a multiple of KEY_BLOCK.
+    nothing leaves that row's sums untouched, to the last bit. S must be a multiple of KEY_BLOCK. Keys and values are of
+    q's dtype, or hold its bits (ops/bits.py).
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
@@ -68,8 +70,8 @@ def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int
     def block(i, carry):
         top, total, out = carry
         start = i * KEY_BLOCK
-        k = lax.dynamic_slice_in_dim(k_BKSH, start, KEY_BLOCK, axis=2)
-        v = lax.dynamic_slice_in_dim(v_BKSH, start, KEY_BLOCK, axis=2)
+        k, v = (from_bits(lax.dynamic_slice_in_dim(x_BKSH, start, KEY_BLOCK, axis=2), q_BTNH.dtype)
+                for x_BKSH in (k_BKSH, v_BKSH))
         mask_BTS = _visible(slots_BT, start + jnp.arange(KEY_BLOCK, dtype=jnp.int32), windowed, window)
         scores = _scores(q_BTNH, k, mask_BTS)
         new_top = jnp.maximum(top, scores.max(-1))

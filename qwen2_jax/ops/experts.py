@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from qwen2_jax.ops.bits import kept_in_loop
 from qwen2_jax.ops.dot import PRODUCT, matmul
 
 ROW_BLOCK = 16
@@ -96,7 +97,8 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
     def block(i, y_SD):
         e = jnp.searchsorted(last_block_E, i, side="right")
         rows = lax.dynamic_slice_in_dim(x_SD, i * ROW_BLOCK, ROW_BLOCK)
-        gate, up, down = (lax.dynamic_index_in_dim(m, e, keepdims=False) for m in w)
+        experts, e = kept_in_loop(w, e) if x_RD.dtype == jnp.bfloat16 else (w, e)
+        gate, up, down = (lax.dynamic_index_in_dim(m, e, keepdims=False) for m in experts)
         h = (jax.nn.silu(matmul(rows, gate)) * matmul(rows, up)).astype(x_RD.dtype)
         return lax.dynamic_update_slice_in_dim(y_SD, matmul(h, down), i * ROW_BLOCK, 0)
 
