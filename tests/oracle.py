@@ -1,7 +1,6 @@
 """transformers as the oracle: random models whose mistakes would show, and what they answer.
 
-At transformers' own initialisation biases are 0, norm scales 1, attention is flat and logits are tiny, so that wrong
-code passes. Here every kind of weight is drawn to matter, and `assert_telling` checks that it does.
+Every kind of weight is drawn to matter (tools/telling_weights.py), and `assert_telling` checks that it does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ import transformers
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from qwen2_jax.checkpoint.names import fused_experts, slots
+from qwen2_jax.checkpoint.tree import nested
 from qwen2_jax.config import ModelConfig, RopeConfig
+from tools.telling_weights import scale_and_offset
 
 AUX_COEF = 0.1      # large, so that a wrong balancing loss shows in the gradients
 
@@ -77,23 +78,9 @@ def random_model(cfg: ModelConfig, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            _draw(name, p, cfg, generator)
+            scale, offset = scale_and_offset(name, tuple(p.shape), tied=cfg.tied_head)
+            p.normal_(offset, scale, generator=generator)
     return model.float().eval()
-
-
-def _draw(name: str, p: torch.Tensor, cfg: ModelConfig, generator: torch.Generator) -> None:
-    p.normal_(generator=generator)
-    if name.endswith("norm.weight"):
-        p.mul_(0.3).add_(1)
-    elif name.endswith("bias"):
-        p.mul_(0.5)
-    elif "embed_tokens" in name:
-        # Small, as trained ones are: only then does the norms' epsilon show. A tied table is also the head.
-        p.mul_(2 / math.sqrt(cfg.d_model) if cfg.tied_head else 0.03)
-    elif any(part in name for part in ("q_proj", "k_proj", "mlp.gate.weight", "lm_head", "score")):
-        p.mul_(2 / math.sqrt(p.shape[-1]))      # attention and routing with clear favourites, logits of std above 1
-    else:
-        p.mul_(1.5 / math.sqrt(p.shape[-1]))
 
 
 def tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -115,15 +102,9 @@ def to_params(named: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict:
     for slot in slots(cfg):
         leaves.setdefault(slot.path, []).append(named[slot.name])
         index[slot.path] = slot.index
-    tree: dict = {}
-    for path, values in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        lead = tuple(i + 1 for i in index[path])    # slots come in order, so the last one tells the leading axes
-        node[last] = np.stack(values).reshape(*lead, *values[0].shape)
-    return tree
+    # Slots come in order, so the last index of a leaf tells its leading axes.
+    return nested({path: np.stack(values).reshape(*(i + 1 for i in index[path]), *values[0].shape)
+                   for path, values in leaves.items()})
 
 
 @dataclass(frozen=True)
