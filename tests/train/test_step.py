@@ -54,18 +54,15 @@ def rows(packed: PackedDocuments, n: int) -> PackedBatch:
     return batch
 
 
-SPLITS = [("data=2", 1), ("data=8", 1), (None, 2), (None, 8), ("data=2", 4), ("data=4", 2)]
-
-
-@pytest.mark.parametrize("mesh, micro_batches", SPLITS)
-def test_the_split_does_not_move_loss_or_gradient(cfg, packed, mesh, micro_batches):
+def test_the_split_does_not_move_loss_or_gradient(cfg, packed):
     batch = rows(packed, 16)
     counts = batch.weights_BT.reshape(8, -1).sum(1)
     assert len(set(counts)) > 1, "every part has as many targets: a mean of means would pass"
     _, expected = one_step(cfg, batch, z_coef=0.1)
-    _, found = one_step(cfg, batch, z_coef=0.1, mesh=mesh, micro_batches=micro_batches)
-    assert found["tokens"] == packed.targets
-    assert_same(found, expected)
+    assert expected["tokens"] == packed.targets
+    for mesh, micro_batches in (("data=8", 1), (None, 8), ("data=2", 4), ("data=4", 2)):
+        _, found = one_step(cfg, batch, z_coef=0.1, mesh=mesh, micro_batches=micro_batches)
+        assert_same(found, expected)
 
 
 def test_packing_does_not_move_loss_or_gradient(dense, documents):
