@@ -154,7 +154,7 @@ def report(rows: list[dict]) -> str:
         "",
         "Command: `make parity-big`. One-layer slices at true width, vocabulary cut to 2,048 rows, float32, random",
         "weights drawn so that mistakes show (`tools/telling_weights.py`), 48 tokens; each framework in a process of",
-        "its own. Errors are the largest absolute difference divided by the standard deviation of transformers' values.",
+        "its own. Errors are the largest absolute difference over the standard deviation of transformers' values.",
         "",
         f"Measured {datetime.date.today().isoformat()} at commit {git.stdout.strip()} with {versions}, "
         f"Python {platform.python_version()}, CPU.",
