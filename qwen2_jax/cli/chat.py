@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from qwen2_jax.cli.model_flags import add_model_flags, add_sampling_flags, load_model, sampling_settings, tell
@@ -24,13 +25,14 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    lm = load_model(args)
     settings = sampling_settings(args)
-    lm.generate([], **settings)
+    lm = load_model(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     lm.chat_ids([*opening, {"role": "user", "content": "?"}])  # a model without a tokenizer is refused here, not later
     if sys.stdin.isatty():
         tell("/reset forgets the conversation, /exit or Ctrl-D ends it")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     messages = list(opening)
     while (line := _ask()) is not None:
         if line == "/exit":
@@ -60,9 +62,10 @@ def _answer(lm, messages: list[dict], line: str, settings: dict) -> list[dict]:
         print(text, end="", flush=True)
 
     try:
+        lm.fit_prompt(lm.chat_ids(asked), settings["max_new_tokens"], settings["truncate"], "the conversation")
         lm.chat(asked, on_text=hear, **settings)
     except UserError as error:
-        tell(str(error))
+        tell(f"{error} (/reset starts a new conversation)")
         return messages
     except KeyboardInterrupt:
         if not heard:

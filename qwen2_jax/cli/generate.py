@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,8 @@ from qwen2_jax.errors import UserError
 
 DESCRIPTION = """\
 Continues prompts. Each line of FILE is a JSON object with `prompt` (text) or `messages` (a conversation), and an `id`
-that is passed through. A line that cannot be used gives an object with `error`; the others are done, and the exit
-status is 2.
+that is passed through; results are JSON lines too. A line that cannot be used gives an object with `error`; the others
+are done, and the exit status is 2.
 """
 
 
@@ -47,36 +49,42 @@ def run(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.input is None):
         raise UserError("give either --prompt or --input")
     inputs = [{"prompt": prompt} for prompt in args.prompt] if args.input is None else _read(args.input)
+    as_json = args.json or args.input is not None or args.output is not None
+    settings = sampling_settings(args)
     with records(args.output) as out:
         lm = load_model(args)
-        settings = sampling_settings(args)
-        # Settings are wrong for all inputs or for none: say so before any input is looked at.
-        lm.generate([], n=args.n, **settings)
         prepared = [_prepare(lm, item, args) for item in inputs]
         if args.input is None and (wrong := [r.error for r in prepared if r.error]):
             raise UserError(wrong[0])
-        _generate(lm, prepared, out, as_json=args.json or args.output is not None, samples=args.n, settings=settings)
+        _generate(lm, prepared, out, as_json, settings)
     return 2 if any(record.error for record in prepared) else 0
 
 
 def _read(path: str) -> list[Any]:
     """Input objects; a line that is no JSON object becomes the UserError that says so."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     items: list[Any] = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = json.loads(line.decode(), parse_float=_finite, parse_constant=_finite)
             items.append(item if isinstance(item, dict) else UserError(f"line {number} is not a JSON object"))
         except (ValueError, RecursionError) as error:
             items.append(UserError(f"line {number} is not JSON: {error}"))
     if not items:
         raise UserError(f"{path} holds no input: one JSON object a line is needed")
     return items
+
+
+def _finite(text: str) -> float:
+    """A number that the output can hold as well: Python reads NaN and 1e999, JSON has neither."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def _prepare(lm, item: Any, args: argparse.Namespace) -> Record:
@@ -100,11 +108,11 @@ def _prepare(lm, item: Any, args: argparse.Namespace) -> Record:
     return record
 
 
-def _generate(lm, prepared: list[Record], out: IO[str], *, as_json: bool, samples: int,
-              settings: dict[str, Any]) -> None:
+def _generate(lm, prepared: list[Record], out: IO[str], as_json: bool, settings: dict[str, Any]) -> None:
     """Generate all records that have a prompt; results go out in order, each as soon as those before it are there."""
     from tqdm import tqdm
 
+    samples = settings["n"]
     usable = [i for i, record in enumerate(prepared) if record.ids is not None]
     done: list[list[str] | None] = [None if r.error is None else [_line(r, None, as_json)] for r in prepared]
     parts: dict[int, dict[int, str]] = {i: {} for i in usable}
@@ -127,17 +135,19 @@ def _generate(lm, prepared: list[Record], out: IO[str], *, as_json: bool, sample
 
     with tqdm(total=len(usable) * samples, unit="sample", disable=None if len(usable) * samples > 1 else True) as bar:
         try:
-            lm.generate([prepared[i].ids for i in usable], n=samples, on_done=finished, **settings)
+            lm.generate([prepared[i].ids for i in usable], on_done=finished, **settings)
         finally:
             write(upto_gap=False)  # interrupted: what is finished behind a gap counts too
 
 
 def _line(record: Record, generation, as_json: bool) -> str:
     if not as_json:
-        return (f"error: {record.error}" if generation is None else generation.text) + "\n"
+        return f"{generation.text}\n"
     if generation is None:
         result = {"error": record.error}
     else:
         result = {"text": generation.text, "token_ids": generation.token_ids, "finish_reason": generation.finish_reason,
                   "prompt_tokens": generation.prompt_tokens}
-    return json.dumps(record.echo | result, ensure_ascii=False) + "\n"
+    line = json.dumps(record.echo | result, ensure_ascii=False)
+    # A lone surrogate has no UTF-8; written as \ud800 it is JSON again.
+    return line.encode("utf-8", "backslashreplace").decode() + "\n"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "truncate")
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "truncate", "n")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `LM.generate` that the flags give."""
-    return {name: getattr(args, name) for name in SAMPLING}
+    """The arguments of `LM.generate` that the flags give, checked: before a model is loaded, which may take minutes."""
+    from qwen2_jax.serve.defaults import check_settings
+
+    settings = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
+    check_settings(**settings)
+    return settings
 
 
 def load_model(args: argparse.Namespace):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen2_jax.checkpoint.json_fields import Fields, is_whole, read_object
+from qwen2_jax.checkpoint.json_fields import Fields, is_number, is_whole, read_object
 from qwen2_jax.errors import UserError
 from qwen2_jax.serve.scheduler import Sampling
 
 MAX_NEW_TOKENS = 256
 """Where neither the caller nor the checkpoint says how much to generate."""
-
+LARGEST = float(np.finfo(np.float32).max)
+PENALTIES = (1e-3, 1e3)
 
 GREEDY, PLAIN = Sampling(), Sampling(temperature=1.0)
 
@@ -45,13 +45,18 @@ class GenerationDefaults:
             return cls()
         fields = Fields(read_object(path), f"{path}: ")
         stop = fields.data.get("eos_token_id")
-        stop = (fields.whole("eos_token_id"),) if is_whole(stop) else fields.list_of(int, "eos_token_id", ())
+        stop = (stop,) if is_whole(stop) else fields.list_of(int, "eos_token_id", ())
+        if not all(0 <= i < 2**31 for i in stop):
+            raise fields.refuse("eos_token_id", "token ids, which are at least 0 and below 2**31")
+        max_new_tokens = fields.whole("max_new_tokens", MAX_NEW_TOKENS)
+        if max_new_tokens < 1:
+            raise fields.refuse("max_new_tokens", "a whole number of at least 1")
         penalty = fields.number("repetition_penalty", 1.0)
         sampled = Sampling(temperature=fields.number("temperature", 1.0), top_k=fields.whole("top_k", 0),
                            top_p=fields.number("top_p", 1.0), repetition_penalty=penalty)
         check_sampling(sampled, f"{path}: ")
         sampling = sampled if fields.flag("do_sample", False) else Sampling(repetition_penalty=penalty)
-        return cls(sampling, sampled, fields.whole("max_new_tokens", MAX_NEW_TOKENS), stop)
+        return cls(sampling, sampled, max_new_tokens, stop)
 
     def choose(self, *, temperature: float | None, top_p: float | None, top_k: int | None,
                repetition_penalty: float | None) -> Sampling:
@@ -64,17 +69,32 @@ class GenerationDefaults:
 
 
 def check_sampling(s: Sampling, where: str = "") -> None:
-    """Raises UserError for a setting outside its range, NaN included."""
-    def need(ok: bool, name: str, value: float, what: str) -> None:
-        if not ok:
-            raise UserError(f"{where}{name} must be {what}, found {value}")
+    """Raises UserError for a setting of another type or outside its range, NaN included."""
+    def need(name: str, kind: Callable[[object], bool], least: float, most: float, what: str) -> None:
+        value = getattr(s, name)
+        value = value.item() if isinstance(value, np.generic) else value
+        if not (kind(value) and least <= value <= most):
+            raise UserError(f"{where}{name} must be {what}, found {value!r}")
 
-    need(math.isfinite(s.temperature) and s.temperature >= 0, "temperature", s.temperature,
-         "a number of at least 0 (0 is greedy)")
-    need(0 <= s.top_p <= 1, "top_p", s.top_p, "between 0 and 1")
-    need(0 <= s.top_k < 2**31, "top_k", s.top_k, "a whole number of at least 0 (0 is off)")
-    need(math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0, "repetition_penalty", s.repetition_penalty,
-         "a positive number (1 is off)")
+    need("temperature", is_number, 0, LARGEST, "a number of at least 0 (0 is greedy)")
+    need("top_p", is_number, 0, 1, "between 0 and 1")
+    need("top_k", is_whole, 0, 2**31 - 1, "a whole number of at least 0 (0 is off)")
+    least, most = PENALTIES
+    need("repetition_penalty", is_number, least, most, f"a number between {least} and {most} (1 is off)")
+
+
+def check_settings(*, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
+                   top_k: int | None = None, repetition_penalty: float | None = None, stop: str | Sequence[str] = (),
+                   seed: int | None = None, n: int = 1, truncate: str | None = None) -> None:
+    """Raises UserError for an argument of `LM.generate` that no model could take."""
+    GenerationDefaults().choose(temperature=temperature, top_p=top_p, top_k=top_k,
+                                repetition_penalty=repetition_penalty)
+    if max_new_tokens is not None:
+        whole("max_new_tokens", max_new_tokens, least=0)
+    whole("n", n, least=1)
+    check_stop(stop)
+    check_seed(seed)
+    check_truncate(truncate)
 
 
 def whole(name: str, value: Any, *, least: int) -> int:
@@ -91,6 +111,11 @@ def check_seed(seed: Any) -> int:
     if whole("seed", seed, least=0) >= 2**32:
         raise UserError(f"seed must be below 4294967296, found {seed}")
     return int(seed)
+
+
+def check_truncate(truncate: str | None) -> None:
+    if truncate not in (None, "left"):
+        raise UserError(f"truncate must be 'left' or None, found {truncate!r}")
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from qwen2_jax.ops.sample import SamplingSettings
-from qwen2_jax.serve.programs import DECODE_CHUNK, Admission, Programs, PromptState, SlotState
+from qwen2_jax.serve.programs import DECODE_CHUNK, Admission, Programs, PromptState, SlotState, sample_key
 from qwen2_jax.serve.scheduler import (
     Placement,
     Request,
@@ -27,6 +28,11 @@ from qwen2_jax.sharding.mesh import BATCH_SPEC, place
 OnTokens = Callable[[Sample, list[int]], bool]
 """Called with a sample's new tokens, stop token excluded; true ends the sample there."""
 
+CACHE_BYTES = 4 << 30
+"""Most that all rows of the cache take on a device, unless a single row takes more: long requests get fewer slots."""
+FIRST_STRETCH = 4
+LONGEST_LOOK = 1.0
+"""Seconds on the device after which the host wants to look, for a Ctrl-C is noticed only then."""
 
 _NOBODY = Request(prompt_ids=(), max_new_tokens=0, sampling=Sampling())
 
@@ -50,26 +56,32 @@ class Engine:
 
     def run(self, requests: Sequence[Request], *, stop_ids: Sequence[int], on_tokens: OnTokens,
             on_done: Callable[[Sample, Output], None], stretch: int = DECODE_CHUNK) -> None:
-        """Draw every sample of every request. `stretch`: tokens drawn on the device between two looks of the host."""
+        """Draw every sample of every request. `stretch`: most tokens drawn on the device between two looks of the host.
+        Slow models draw fewer, down to one (LONGEST_LOOK); that changes when tokens arrive, never which."""
         samples = [Sample(r, n) for r, request in enumerate(requests) for n in range(request.samples)]
         wanted = [s for s in samples if requests[s.request].max_new_tokens > 0]
         for sample in set(samples) - set(wanted):
             on_done(sample, Output())
         if not wanted:
             return
-        slots = slot_count(len(wanted), self._devices, self._most_slots)
         tokens = cache_length(max(map(_room, {requests[s.request] for s in wanted})))
+        fitting = self._devices * (CACHE_BYTES // self._programs.cache_bytes(tokens))
+        slots = slot_count(len(wanted), self._devices, min(self._most_slots, fitting))
         state, prompt = self._programs.new_state(slots, tokens), self._programs.new_prompt(tokens)
         scheduler = Scheduler(wanted, devices=self._devices, slots=slots)
         running: dict[tuple[int, int], tuple[Sample, Output]] = {}
+        steps = min(FIRST_STRETCH, stretch)
         while True:
             placements = scheduler.admit()
             state, prompt = self._start(state, prompt, requests, placements)
             running |= {(p.device, p.slot): (p.sample, Output()) for p in placements}
             if not running:
                 return
-            state, drawn = self._programs.decode(state, stop_ids, stretch)
+            jax.block_until_ready(state)  # the prompts are not part of the stretch that is timed
+            began = time.perf_counter()
+            state, drawn = self._programs.decode(state, stop_ids, steps)
             tokens, logprobs, counts, stopped = jax.device_get(drawn)
+            steps = next_stretch(steps, time.perf_counter() - began, stretch)
             for (device, slot), (sample, output) in list(running.items()):
                 row = device * (slots // self._devices) + slot
                 new = tokens[row, :counts[row]].tolist()
@@ -135,9 +147,12 @@ class Engine:
         return place(arrays, self._programs.mesh, BATCH_SPEC)
 
 
-@jax.jit
-def _sample_keys(seed_n, number_n):
-    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seed_n, number_n)
+def next_stretch(steps: int, seconds: float, most: int) -> int:
+    """Steps of the next stretch after one of `steps` that took `seconds`: twice as many, or as many as fit."""
+    return max(1, min(2 * steps, int(steps * LONGEST_LOOK / seconds), most))
+
+
+_sample_keys = jax.jit(jax.vmap(sample_key))
 
 
 def _room(request: Request) -> int:

@@ -26,8 +26,6 @@ class Limits:
 
     def fit(self, ids: list[int], new: int, what: str, truncate: Literal["left"] | None) -> tuple[list[int], int]:
         """(ids, how many were dropped in front). With truncate="left" the prompt's last tokens that fit are kept."""
-        if truncate not in (None, "left"):
-            raise UserError(f"truncate must be 'left' or None, found {truncate!r}")
         over = len(ids) + new - self.context
         if over <= 0:
             return ids, 0

@@ -28,7 +28,7 @@ from qwen2_jax.data.tokenizer_files import has_tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import abstract_params
 from qwen2_jax.serve import score
-from qwen2_jax.serve.defaults import GenerationDefaults, check_seed, check_stop, whole
+from qwen2_jax.serve.defaults import GenerationDefaults, check_seed, check_settings, check_stop, check_truncate
 from qwen2_jax.serve.engine import Engine, Output
 from qwen2_jax.serve.limits import Limits
 from qwen2_jax.serve.programs import DECODE_CHUNK, Programs
@@ -69,7 +69,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
 
     Args:
       dtype: "float32" or "bfloat16" (or the JAX type): what weights are held and multiplied in; sums are float32.
-        None: as config.json says.
+        None: as config.json says, float32 where that is float16.
       mesh: None for one device, or "data=N": weights on N devices, requests split over them.
       ignore_fields: names of unknown fields of config.json to pass over.
       rope_when: "long" leaves requests that fit the original context unscaled (YaRN, linear); "always" is
@@ -84,7 +84,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
         cfg = dataclasses.replace(cfg, rope=dataclasses.replace(cfg.rope, when=rope_when))
     if cfg.head != "lm":
         raise UserError(f"{checkpoint.folder} has the head '{cfg.head}': it scores text and cannot write it")
-    name = _dtype_name(cfg.dtype if dtype is None else dtype)
+    # bfloat16 has three bits less than float16: it is taken only when asked for.
+    name = _dtype_name(dtype if dtype is not None else "float32" if cfg.dtype == "float16" else cfg.dtype)
     mesh = make_mesh(mesh)
     stacked = jax.default_backend() != "cpu"
     shardings = None
@@ -110,34 +111,41 @@ class LM:
         self._programs = Programs(params, cfg, dtype=dtype, stacked=not on_cpu if stacked is None else stacked,
                                   mesh=mesh, notify=self._compiled)
         self._engine = Engine(self._programs, most_slots=CPU_SLOTS if on_cpu else ACCELERATOR_SLOTS)
-        self._stop_ids = tuple(dict.fromkeys((*self.defaults.stop_ids, *cfg.stop_ids)))
+        # generation_config.json goes before config.json; where the vocabulary is Qwen2's, both of its ids stop.
+        self._stop_ids = dataclasses.replace(cfg, eos_ids=self.defaults.stop_ids or cfg.eos_ids).stop_ids
 
     def logits(self, ids: Any) -> list[np.ndarray] | np.ndarray:
         """Raw next-token logits, float32: for a list of lists of token ids a list of [T, V]; for an int array [B, T],
-        [B, T, V]."""
+        [B, T, V]. Raises UserError: ids outside the vocabulary, an empty row, a row beyond the context."""
         rows = score.id_rows(ids, self.cfg.vocab)
         for i, row in enumerate(rows):
             self.limits.check(len(row), 0, f"row {i}")
         out = score.logits(self._programs, rows, [self.limits.is_long(len(row)) for row in rows])
-        return np.stack(out) if isinstance(ids, np.ndarray | jax.Array) else out
+        return np.asarray(out, np.float32).reshape(*ids.shape, -1) if hasattr(ids, "ndim") and out else out
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]], *, truncate: Truncate = None,
                       progress: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
         """(log p(continuation | context) in nats, summed over its tokens; does greedy decoding give it) of each pair.
 
         Context and continuation are tokenised together; spaces at the context's end count as the continuation's. An
-        empty context is the end-of-text token. `progress` is called with the number of pairs just done.
+        empty context is the end-of-text token. `truncate="left"` drops the front of contexts that are too long.
+        `progress` is called with the number of pairs just done.
+
+        Raises UserError: an empty continuation, one too long for the model, ids outside the vocabulary.
         """
         tokenizer = self._need_tokenizer()
+        check_truncate(truncate)
         rows, starts = [], []
         for i, (context, continuation) in enumerate(pairs):
             ids, start = score.encode_pair(tokenizer, context, continuation, i)
-            ids, cut = self.limits.fit(ids, 1, f"pair {i}", truncate)
+            score.check_ids(ids, self.cfg.vocab, f"pair {i}")
+            # The last token is predicted, not read, so it needs no room.
+            read, cut = self.limits.fit(ids[:-1], 0, f"pair {i} without its last token", truncate)
             if start - cut < 1:
                 raise UserError(f"pair {i}: its continuation alone exceeds the context of {self.limits.context} tokens")
-            rows.append(ids)
+            rows.append([*read, ids[-1]])
             starts.append(start - cut)
-        long = [self.limits.is_long(len(row)) for row in rows]
+        long = [self.limits.is_long(len(row) - 1) for row in rows]
         return score.loglikelihoods(self._programs, rows, starts, long, progress)
 
     def generate(self, prompts: str | Sequence[str | Sequence[int]], *, max_new_tokens: int | None = None,
@@ -154,26 +162,27 @@ class LM:
 
         Args:
           max_new_tokens: 0 gives empty texts. When left out, what the checkpoint says, as far as the context holds it.
-          stop: strings that end a text; they are not part of it.
+          stop: strings that end a text; they are not part of it. One that is a control token of the tokenizer stops
+            at that token.
           truncate: "left" drops the front of a prompt that is too long; None refuses it.
           on_text: called with (index in the result, new text) as text becomes certain.
           on_done: called with (index in the result, generation) as each is complete.
 
         Raises UserError: an empty prompt, ids outside the vocabulary, a setting out of range, too many tokens.
         """
+        check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                       repetition_penalty=repetition_penalty, stop=stop, seed=seed, n=n, truncate=truncate)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        stop = check_stop(stop)
-        n = whole("n", n, least=1)
-        if max_new_tokens is not None:
-            max_new_tokens = whole("max_new_tokens", max_new_tokens, least=0)
         sampling = self.defaults.choose(temperature=temperature, top_p=top_p, top_k=top_k,
                                         repetition_penalty=repetition_penalty)
+        if temperature is None and sampling.temperature == 0 and (top_p is not None or top_k is not None):
+            self._notify("decoding is greedy, so top_p and top_k have no effect; give a temperature to sample")
         requests = []
         for i, prompt in enumerate(prompts):
             ids, new = self.fit_prompt(self.prompt_ids(prompt, f"prompt {i}"), max_new_tokens, truncate, f"prompt {i}")
             requests.append(Request(prompt_ids=tuple(ids), max_new_tokens=new, sampling=sampling, seed=check_seed(seed),
                                     samples=n, long=self.limits.is_long(len(ids) + new)))
-        return self._run(requests, stop, on_text, on_done)
+        return self._run(requests, check_stop(stop), on_text, on_done)
 
     def chat(self, messages: Sequence[Message], *, on_text: Callable[[str], None] | None = None,
              **settings: Any) -> Generation:
@@ -199,7 +208,7 @@ class LM:
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation with the assistant's header behind it, by the checkpoint's template or ChatML."""
-        return chat_token_ids(self._need_tokenizer(), messages)
+        return score.check_ids(chat_token_ids(self._need_tokenizer(), messages), self.cfg.vocab, "the conversation")
 
     def _run(self, requests: list[Request], stop: tuple[str, ...], on_text: Callable[[int, str], None] | None,
              on_done: Callable[[int, Generation], None] | None) -> list[Generation]:
@@ -219,7 +228,9 @@ class LM:
                 on_done(index[sample], generation)
 
         generations: list[Any] = [None] * len(index)
-        self._engine.run(requests, stop_ids=self._stop_ids, on_tokens=listen, on_done=finished,
+        # Control tokens have no text that a stop string could match.
+        control = () if tokenizer is None else tokenizer.special_ids & {tokenizer.token_id(s) for s in stop}
+        self._engine.run(requests, stop_ids=(*self._stop_ids, *control), on_tokens=listen, on_done=finished,
                          stretch=STREAM_STRETCH if on_text else DECODE_CHUNK)
         return generations
 
@@ -252,8 +263,6 @@ def _dtype_name(dtype: Any) -> Literal["bfloat16", "float32"]:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name == "float16":
-        name = "bfloat16"  # the range that float16 lacks costs nothing here
     if name not in ("bfloat16", "float32"):
         raise UserError(f"dtype {name!r} is not supported: float32 and bfloat16 are")
     return name

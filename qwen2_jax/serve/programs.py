@@ -24,6 +24,7 @@ from qwen2_jax.model.cache import empty_cache
 from qwen2_jax.model.decoder import Decoder
 from qwen2_jax.ops.sample import SamplingSettings, sample
 from qwen2_jax.ops.vocab import logits, target_logprobs
+from qwen2_jax.shapes import kv_bytes_per_token
 from qwen2_jax.sharding.axes import BATCH, Axes
 from qwen2_jax.sharding.compiler import compile_serving
 from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device
@@ -94,6 +95,10 @@ class Programs:
         self._notify = notify
         self._compiled: dict[tuple, Any] = {}
 
+    def cache_bytes(self, cache_slots: int) -> int:
+        """Bytes of one row of the cache."""
+        return cache_slots * kv_bytes_per_token(self.cfg, itemsize=jnp.dtype(self.dtype).itemsize)
+
     def new_state(self, slots: int, cache_slots: int) -> SlotState:
         """State of `slots` slots at rest (a multiple of the devices) that hold `cache_slots` tokens each."""
         def build():
@@ -101,10 +106,10 @@ class Programs:
             zero_R = jnp.zeros(slots, jnp.int32)
             return SlotState(
                 self._cache(slots, cache_slots), jnp.zeros((slots, self.cfg.vocab), jnp.float32), zero_R, zero_R,
-                jnp.zeros((slots, self.cfg.vocab), bool), jax.random.split(jax.random.key(0), slots),
+                jnp.zeros((slots, self.cfg.vocab), bool), jax.vmap(sample_key)(zero_R, zero_R),
                 jnp.zeros(slots, bool), SamplingSettings(off_R, zero_R, off_R + 1, off_R + 1))
 
-        return self._make(build, self._state_spec())
+        return self._make(("state", slots, cache_slots), build, self._state_spec())
 
     def new_prompt(self, cache_slots: int) -> PromptState:
         """Room for one prompt a device."""
@@ -113,7 +118,7 @@ class Programs:
             return PromptState(self._cache(n, cache_slots), jnp.zeros((n, vocab), jnp.float32),
                                jnp.zeros((n, vocab), bool), jnp.zeros(n, jnp.int32))
 
-        return self._make(build, self._prompt_spec())
+        return self._make(("prompt", cache_slots), build, self._prompt_spec())
 
     def prefill(self, prompt: PromptState, ids_nT, start_n, count_n, long_n, active_n) -> PromptState:
         """Run one chunk of one prompt a device: `count` real tokens of T, from slot `start` of its row on.
@@ -151,12 +156,14 @@ class Programs:
     def _cache(self, rows: int, cache_slots: int) -> dict:
         return empty_cache(self.cfg, rows, cache_slots, self.dtype, stacked=self.stacked)
 
-    def _make(self, build: Callable, spec):
-        """The arrays `build` returns, each made where `spec` wants it."""
-        if self.mesh is None:
-            return jax.jit(build)()
-        shardings = jax.tree.map(partial(NamedSharding, self.mesh), spec, is_leaf=lambda x: isinstance(x, P))
-        return jax.jit(build, out_shardings=shardings)()
+    def _make(self, key: tuple, build: Callable, spec):
+        """The arrays `build` returns, each made where `spec` wants it; compiled once a key."""
+        if key not in self._compiled:
+            shardings = None
+            if self.mesh is not None:
+                shardings = jax.tree.map(partial(NamedSharding, self.mesh), spec, is_leaf=lambda x: isinstance(x, P))
+            self._compiled[key] = jax.jit(build, out_shardings=shardings).lower().compile()
+        return self._compiled[key]()
 
     def _cache_spec(self) -> dict:
         rows = P(None, BATCH)
@@ -183,6 +190,12 @@ class Programs:
             self._compiled[key] = compile_serving(lowered)
             self._notify(f"{name} {_describe(name, args)}", time.perf_counter() - began)
         return self._compiled[key](self.params, *args)
+
+
+def sample_key(seed, number):
+    """The key from which a request's sample draws, a token's position still to be folded in. Threefry whatever the
+    process's default: the bits of others depend on how many rows draw together."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
 
 
 def _describe(name: str, args: tuple) -> str:
@@ -223,7 +236,12 @@ def _insert(apply: Callable, state: SlotState, prompt: PromptState, slot_1, acti
 
 def _end(apply: Callable, state: SlotState, slot_1, active_1, *, ax: Axes) -> SlotState:
     ended_1 = jnp.where(active_1, 0, state.budget_R[slot_1])
-    return state._replace(budget_R=state.budget_R.at[slot_1].set(ended_1))
+    return _rest(state._replace(budget_R=state.budget_R.at[slot_1].set(ended_1)))
+
+
+def _rest(state: SlotState) -> SlotState:
+    """Slots without a budget go back to slot 0 of their row: attention reads as far as the furthest row stands."""
+    return state._replace(length_R=jnp.where(state.budget_R > 0, state.length_R, 0))
 
 
 def _decode(apply: Callable, state: SlotState, stop_ids, steps, *, ax: Axes) -> tuple[SlotState, Decoded]:
@@ -243,9 +261,9 @@ def _decode(apply: Callable, state: SlotState, stop_ids, steps, *, ax: Axes) -> 
         stopped_R = live_R & jnp.any(token_R[:, None] == stop_ids[None], axis=-1)
         out = Decoded(out.token_RC.at[:, step].set(token_R), out.logprob_RC.at[:, step].set(logprob_R),
                       out.count_R + live_R.astype(jnp.int32), out.stopped_R | stopped_R)
-        state = state._replace(
+        state = _rest(state._replace(
             seen_RV=state.seen_RV.at[rows, token_R].max(live_R),
-            budget_R=jnp.where(stopped_R, 0, jnp.maximum(state.budget_R - 1, 0)))
+            budget_R=jnp.where(stopped_R, 0, jnp.maximum(state.budget_R - 1, 0))))
         # The last token of the last live slot needs no forward pass.
         state = lax.cond(jnp.any(state.budget_R > 0), partial(_forward, apply, token_R=token_R), lambda s: s, state)
         return step + 1, state, out

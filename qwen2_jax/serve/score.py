@@ -20,7 +20,10 @@ LOGIT_BYTES = 1 << 30
 
 def check_ids(ids: Any, vocab: int, what: str) -> list[int]:
     """Token ids as a list of ints; UserError when empty, not whole numbers, or outside the vocabulary."""
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:      # lists of unequal lengths
+        raise UserError(f"{what} must be a flat list of token ids, found lists within it") from None
     if array.ndim != 1 or not array.size:
         found = f"shape {array.shape}" if array.size else "none"
         raise UserError(f"{what} must be a list of at least one token id, found {found}")

@@ -45,9 +45,10 @@ class SampleText:
 
     def _extend(self, piece: str) -> bool:
         before, self.text = len(self.text), self.text + piece
-        found = [at for s in self._stop if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0]
+        found = [(at + len(s), at) for s in self._stop if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0]
         if found:
-            self.text, self.cut = self.text[:min(found)], True
+            # The stop string that is complete first, so that it does not matter how the text was cut into tokens.
+            self.text, self.cut = self.text[:min(found)[1]], True
         return self.cut
 
     def _certain(self) -> int:

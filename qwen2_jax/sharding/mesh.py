@@ -21,13 +21,18 @@ def make_mesh(spec: str | Mesh | None) -> Mesh | None:
 
     Raises UserError for an axis that is unknown, repeated or not a positive number, or for more devices than there are.
     """
-    if spec is None or isinstance(spec, Mesh):
+    if spec is None:
+        return None
+    if isinstance(spec, Mesh):
+        for name in spec.axis_names:
+            _check_axis(name, f"{dict(spec.shape)}")
         return spec
+    if not isinstance(spec, str):
+        raise UserError(f"mesh must be a text like 'data=4', a jax.sharding.Mesh or None, found {spec!r}")
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, _, size = part.partition("=")
-        if name not in SUPPORTED_AXES:
-            raise UserError(f"mesh axis '{name}' in '{spec}' is not supported: {', '.join(SUPPORTED_AXES)} is")
+        _check_axis(name, spec)
         if name in sizes:
             raise UserError(f"mesh axis '{name}' appears twice in '{spec}'")
         if not size.isdecimal() or int(size) < 1:
@@ -43,6 +48,11 @@ def make_mesh(spec: str | Mesh | None) -> Mesh | None:
         raise UserError(f"mesh '{spec}' needs {need} devices, this machine has {len(devices)}")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:need],
                          axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _check_axis(name: str, spec: str) -> None:
+    if name not in SUPPORTED_AXES:
+        raise UserError(f"mesh axis '{name}' in '{spec}' is not supported: {', '.join(SUPPORTED_AXES)} is")
 
 
 def per_device(fn: Callable, mesh: Mesh | None, in_specs, out_specs) -> Callable:
