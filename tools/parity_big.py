@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def run_ours(cfg: ModelConfig) -> dict[str, np.ndarray]:
 
     @jax.jit
     def run(params, ids):
-        out = Decoder(cfg, stacked=False, train=False, collect=True).apply({"params": params}, ids)
+        out: Any = Decoder(cfg, stacked=False, train=False, collect=True).apply({"params": params}, ids)
         return logits(out.x_BTD, out.head["table"])[0], out.hidden_LBTD[:, 0]
 
     found, hidden = run(params, token_ids(cfg))
@@ -170,7 +170,7 @@ def report(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two large slices, with a report")
     parser.add_argument("--side", choices=SIDES, help="run one framework and save what it finds in --out")
     parser.add_argument("--out", type=Path)
@@ -178,7 +178,7 @@ def main() -> None:
     if args.side:
         found = SIDES[args.side](SHAPES[args.shape[0]].config)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9     # Linux counts in KiB
-        np.savez(args.out, peak_gb=peak, **found)
+        np.savez(args.out, allow_pickle=False, peak_gb=np.float64(peak), **found)
         return
     rows = []
     for name in args.shape or BIG:
