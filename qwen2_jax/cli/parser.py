@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (`{self.prog} --help` lists what there is)")
 
+    def _get_values(self, action, arg_strings):
+        # Python 3.11 takes the value of `--stop=--` for the end of flags and hands on an empty list.
+        if action.nargs is None and action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def _check_value(self, action, value):
         choices = [str(choice) for choice in action.choices or ()]
         if choices and value not in action.choices:

@@ -7,12 +7,14 @@ of the nucleus are found by bisection over the bits of a float, 32 counting pass
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Leaf = Any
+"""A `jax.Array`; in a tree of the same form, the numpy array it is made from, or its partition spec."""
 COLDEST = 1e-8
 """Temperatures below this are greedy: the smallest step between float32 logits of size 1 would be 12 nats, and a little
 further down the division overflows."""
@@ -21,10 +23,10 @@ further down the division overflows."""
 class SamplingSettings(NamedTuple):
     """One entry a row. Temperature 0 (below COLDEST) is greedy; top_k 0, top_p 1 and penalty 1 are off."""
 
-    temperature_R: jax.Array
-    top_k_R: jax.Array
-    top_p_R: jax.Array
-    penalty_R: jax.Array
+    temperature_R: Leaf
+    top_k_R: Leaf
+    top_p_R: Leaf
+    penalty_R: Leaf
 
 
 def penalise(logits_RV, seen_RV, penalty_R):

@@ -44,8 +44,9 @@ class GenerationDefaults:
         if not path.exists():
             return cls()
         fields = Fields(read_object(path), f"{path}: ")
-        stop = fields.data.get("eos_token_id")
-        stop = (stop,) if is_whole(stop) else fields.list_of(int, "eos_token_id", ())
+        single = is_whole(fields.data.get("eos_token_id"))
+        stop: tuple[int, ...] = (
+            (fields.whole("eos_token_id"),) if single else fields.list_of(int, "eos_token_id", ()))
         if not all(0 <= i < 2**31 for i in stop):
             raise fields.refuse("eos_token_id", "token ids, which are at least 0 and below 2**31")
         max_new_tokens = fields.whole("max_new_tokens", MAX_NEW_TOKENS)

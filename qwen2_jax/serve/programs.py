@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.cache import empty_cache
 from qwen2_jax.model.decoder import Decoder
-from qwen2_jax.ops.sample import SamplingSettings, sample
+from qwen2_jax.ops.sample import Leaf, SamplingSettings, sample
 from qwen2_jax.ops.vocab import logits, target_logprobs
 from qwen2_jax.shapes import kv_bytes_per_token
 from qwen2_jax.sharding.axes import BATCH, Axes
@@ -31,54 +31,59 @@ from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device
 
 DECODE_CHUNK = 32
 """Most tokens a slot produces in one decode call; between calls the host streams text and refills slots."""
-
-
 STOP_IDS = 4
 """Stop ids that one compiled program checks; fewer are repeated."""
+CACHE_SPEC = P(None, BATCH)
 
 
 class SlotState(NamedTuple):
     """All slots. Leaves have the slot axis first; in the cache it is second, behind the layers."""
 
-    cache: dict
-    logits_RV: jax.Array
+    cache: Leaf
+    logits_RV: Leaf
     """Raw logits from which the next token of each slot is drawn."""
-    length_R: jax.Array
+    length_R: Leaf
     """Tokens in the cache: the next token goes to this slot of the row."""
-    budget_R: jax.Array
+    budget_R: Leaf
     """Tokens that may still be drawn; 0 for a slot at rest."""
-    seen_RV: jax.Array
+    seen_RV: Leaf
     """Tokens of prompt and output, for the repetition penalty."""
-    key_R: jax.Array
-    long_R: jax.Array
-    settings: SamplingSettings
+    key_R: Leaf
+    long_R: Leaf
+    settings: SamplingSettings | P
+
+
+STATE_SPEC = SlotState(CACHE_SPEC, *(BATCH_SPEC,) * 7)
 
 
 class PromptState(NamedTuple):
     """One prompt a device on its way into slots: n rows, one of each device."""
 
-    cache: dict
-    logits_nV: jax.Array
-    seen_nV: jax.Array
-    length_n: jax.Array
+    cache: Leaf
+    logits_nV: Leaf
+    seen_nV: Leaf
+    length_n: Leaf
+
+
+PROMPT_SPEC = PromptState(CACHE_SPEC, *(BATCH_SPEC,) * 3)
 
 
 class Admission(NamedTuple):
     """What a slot needs beside its prompt, one entry a device."""
 
-    budget_n: jax.Array
-    key_n: jax.Array
-    long_n: jax.Array
+    budget_n: Leaf
+    key_n: Leaf
+    long_n: Leaf
     settings: SamplingSettings
 
 
 class Decoded(NamedTuple):
     """What one decode call drew: [R, C]; entries from `count_R` on are meaningless."""
 
-    token_RC: jax.Array
-    logprob_RC: jax.Array
-    count_R: jax.Array
-    stopped_R: jax.Array
+    token_RC: Leaf
+    logprob_RC: Leaf
+    count_R: Leaf
+    stopped_R: Leaf
     """True when the last token drawn was a stop token."""
 
 
@@ -109,7 +114,7 @@ class Programs:
                 jnp.zeros((slots, self.cfg.vocab), bool), jax.vmap(sample_key)(zero_R, zero_R),
                 jnp.zeros(slots, bool), SamplingSettings(off_R, zero_R, off_R + 1, off_R + 1))
 
-        return self._make(("state", slots, cache_slots), build, self._state_spec())
+        return self._make(("state", slots, cache_slots), build, STATE_SPEC)
 
     def new_prompt(self, cache_slots: int) -> PromptState:
         """Room for one prompt a device."""
@@ -118,7 +123,7 @@ class Programs:
             return PromptState(self._cache(n, cache_slots), jnp.zeros((n, vocab), jnp.float32),
                                jnp.zeros((n, vocab), bool), jnp.zeros(n, jnp.int32))
 
-        return self._make(("prompt", cache_slots), build, self._prompt_spec())
+        return self._make(("prompt", cache_slots), build, PROMPT_SPEC)
 
     def prefill(self, prompt: PromptState, ids_nT, start_n, count_n, long_n, active_n) -> PromptState:
         """Run one chunk of one prompt a device: `count` real tokens of T, from slot `start` of its row on.
@@ -126,24 +131,24 @@ class Programs:
         Arrays have one entry a device; a device whose `active` is false leaves its prompt as it is. A chunk that starts
         at 0 begins a new prompt.
         """
-        return self._run("prefill", _prefill, (self._prompt_spec(), *(BATCH_SPEC,) * 5), self._prompt_spec(), True,
+        return self._run("prefill", _prefill, (PROMPT_SPEC, *(BATCH_SPEC,) * 5), PROMPT_SPEC, True,
                          prompt, ids_nT, start_n, count_n, long_n, active_n)
 
     def insert(self, state: SlotState, prompt: PromptState, slot_n, active_n, admission: Admission) -> SlotState:
         """Put each device's prompt into one of its slots and wake the slot."""
-        return self._run("insert", _insert, (self._state_spec(), self._prompt_spec(), *(BATCH_SPEC,) * 3),
-                         self._state_spec(), True, state, prompt, slot_n, active_n, admission)
+        return self._run("insert", _insert, (STATE_SPEC, PROMPT_SPEC, *(BATCH_SPEC,) * 3),
+                         STATE_SPEC, True, state, prompt, slot_n, active_n, admission)
 
     def end(self, state: SlotState, slot_n, active_n) -> SlotState:
         """Put a slot to rest."""
-        return self._run("end", _end, (self._state_spec(), *(BATCH_SPEC,) * 2), self._state_spec(), True,
+        return self._run("end", _end, (STATE_SPEC, *(BATCH_SPEC,) * 2), STATE_SPEC, True,
                          state, slot_n, active_n)
 
     def decode(self, state: SlotState, stop_ids: Sequence[int], steps: int) -> tuple[SlotState, Decoded]:
         """Draw up to `steps` ≤ DECODE_CHUNK tokens in every live slot; returns early when all are at rest."""
         stop = np.resize(np.asarray(stop_ids or [-1], np.int32), max(STOP_IDS, len(stop_ids)))
-        return self._run("decode", _decode, (self._state_spec(), REPLICATED, REPLICATED),
-                         (self._state_spec(), BATCH_SPEC), True, state, stop, jnp.int32(steps))
+        return self._run("decode", _decode, (STATE_SPEC, REPLICATED, REPLICATED),
+                         (STATE_SPEC, BATCH_SPEC), True, state, stop, jnp.int32(steps))
 
     def logits(self, ids_BT, long_B):
         """float32 [B, T, V] of whole rows, padding on the right; B a multiple of the devices."""
@@ -164,16 +169,6 @@ class Programs:
                 shardings = jax.tree.map(partial(NamedSharding, self.mesh), spec, is_leaf=lambda x: isinstance(x, P))
             self._compiled[key] = jax.jit(build, out_shardings=shardings).lower().compile()
         return self._compiled[key]()
-
-    def _cache_spec(self) -> dict:
-        rows = P(None, BATCH)
-        return {run.name: {"k": rows, "v": rows} for run in self.cfg.layer_runs(stacked=self.stacked)}
-
-    def _state_spec(self) -> SlotState:
-        return SlotState(self._cache_spec(), *(BATCH_SPEC,) * 6, SamplingSettings(*(BATCH_SPEC,) * 4))
-
-    def _prompt_spec(self) -> PromptState:
-        return PromptState(self._cache_spec(), *(BATCH_SPEC,) * 3)
 
     def _run(self, name: str, fn: Callable, in_specs, out_specs, donate: bool, *args):
         """Call `fn(apply, *local args, ax=)` on every device, compiled for these shapes; `donate` the first of args."""
