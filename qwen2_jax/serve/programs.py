@@ -90,7 +90,7 @@ class Decoded(NamedTuple):
 class Programs:
     """Compiled programs of one model on one mesh, compiled when a shape is first used.
 
-    `notify(what, seconds)` is called after each compilation.
+    `notify(what, seconds)` is called after each compilation, not where the persistent cache had the program.
     """
 
     def __init__(self, params: dict, cfg: ModelConfig, *, dtype: Any, stacked: bool, mesh: Mesh | None,
@@ -182,8 +182,9 @@ class Programs:
             mapped = per_device(local, self.mesh, (REPLICATED, *in_specs), out_specs)
             began = time.perf_counter()
             lowered = jax.jit(mapped, donate_argnums=(1,) if donate else ()).lower(self.params, *args)
-            self._compiled[key] = compile_serving(lowered)
-            self._notify(f"{name} {_describe(name, args)}", time.perf_counter() - began)
+            self._compiled[key], was_cached = compile_serving(lowered)
+            if not was_cached:
+                self._notify(f"{name} {_describe(name, args)}", time.perf_counter() - began)
         return self._compiled[key](self.params, *args)
 
 

@@ -1,7 +1,8 @@
-"""Compiler options, all in one place, with the reason for each."""
+"""Compiler options, all in one place, with the reason for each; and whether anything was compiled at all."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import jax
@@ -14,8 +15,19 @@ CPU_SERVING: dict[str, Any] = {
 }
 
 
-def compile_serving(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compile a program for generation and scoring with what this platform needs."""
+_events: Counter[str] = Counter()
+jax.monitoring.register_event_listener(lambda event, **_: _events.update([event]))
+
+
+def compile_serving(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+    """(a program for generation and scoring, compiled with what this platform needs; whether it came from the
+    persistent cache)."""
+    before = _events["/jax/compilation_cache/cache_hits"]
+    compiled = _compile(lowered)
+    return compiled, _events["/jax/compilation_cache/cache_hits"] > before
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     if jax.default_backend() != "cpu":
         return lowered.compile()
     try:
