@@ -73,7 +73,7 @@ class Settings:
     kv_heads: int = 2
     row_length: int = 256
     batch: int = 4
-    steps: int = 1600
+    steps: int = 1200
     peak: float = 3e-3
     seed: int = 0
     evaluations: int = 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import math
 import os
 import time
@@ -24,7 +25,9 @@ class Progress(Hook):
     """A bar on stderr with the loss in nats a token, the learning rate, and training tokens (targets) a second."""
 
     def __init__(self, *, start: int, stop: int):
-        self._bar = tqdm(initial=start, total=stop, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5)
+        # In a log each refresh is a line of its own.
+        self._bar = tqdm(initial=start, total=stop, desc="training", unit="step", dynamic_ncols=True,
+                         mininterval=0.5 if sys.stderr.isatty() else 20)
         self._tokens = 0.0
         self._since: float | None = None
 
