@@ -212,7 +212,7 @@ def test_results_come_in_order_and_as_soon_as_they_can(generate, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_in_a_process_of_its_own_and_again(process_env, model_folder):
+def test_in_a_process_of_its_own_and_again(process_env, model_folder, tmp_path):
     """Stdout holds results and nothing else; a second start compiles nothing."""
     code = ("import sys, collections; from qwen2_jax.cli.main import entry; import jax; "
             "counts = collections.Counter(); "
@@ -221,7 +221,7 @@ def test_in_a_process_of_its_own_and_again(process_env, model_folder):
     argv = ["generate", "--model", str(model_folder), "--prompt", "import", "--prompt", "a" * 200, "--json",
             "--temperature", "1", "--seed", "1", "--max-new-tokens", "20", "--stop", "zz"]
     first, second = (subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True,
-                                    env=process_env) for _ in range(2))
+                                    env=process_env | {"QWEN2_JAX_CACHE": str(tmp_path)}) for _ in range(2))
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert first.stdout == second.stdout and [list(r) for r in records(first.stdout)] == [FIELDS] * 2
     (missed, _), (missed_again, hit_again) = (map(int, run.stderr.split()[-2:]) for run in (first, second))
