@@ -136,7 +136,8 @@ def theirs(row: str, dtype: str) -> dict[str, float]:
     torch.set_grad_enabled(row == "train")
     config = transformers.Qwen2Config(
         vocab_size=VOCAB, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, tie_word_embeddings=True, rope_theta=1e6, bos_token_id=None, eos_token_id=None)
+        num_key_value_heads=KV_HEADS, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     torch.set_default_dtype(torch.float32 if row == "train" else getattr(torch, dtype))
     model = transformers.Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)

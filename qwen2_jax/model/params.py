@@ -23,8 +23,8 @@ zeros, ones = nn.initializers.zeros, nn.initializers.ones
 def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
     """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype.
 
-    `module` is a Linen module with fields `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded in another dtype is used as
-    it is, and cast here.
+    `module` is a Linen module with fields `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded in
+    another dtype is used as it is, and cast here.
     """
     stored: Any = module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
     # Cast first: the gradient's sum over devices then happens once, here, for the whole step.
