@@ -17,25 +17,25 @@ LOGITS = 1e-4
 NEW = 64
 
 
-def theirs(kind: str, prompts: list[list[int]], new: int = NEW):
+def theirs(kind: str, prompts: list[list[int]], new: int, **settings):
     """(tokens with the stop token, their raw log-probabilities, gaps of the two largest logits) of prompts of one
     length, by transformers."""
     out = model(kind).generate(torch.tensor(prompts), max_new_tokens=new, do_sample=False, output_logits=True,
-                               return_dict_in_generate=True)
+                               output_scores=True, return_dict_in_generate=True, **settings)
     logits_RTV = torch.stack(out.logits, 1)
     tokens_RT = out.sequences[:, len(prompts[0]):]
     logprobs_RT = torch.log_softmax(logits_RTV, -1).gather(-1, tokens_RT[..., None])[..., 0]
-    top_RT2 = logits_RTV.topk(2).values
+    top_RT2 = torch.stack(out.scores, 1).topk(2).values     # after the processors
     for row, logprobs, gaps in zip(tokens_RT.tolist(), logprobs_RT, top_RT2[..., 0] - top_RT2[..., 1], strict=True):
         end = next((i + 1 for i, t in enumerate(row) if t in STOP_IDS), len(row))
         yield row[:end], logprobs[:end].numpy(), gaps[:end].numpy()
 
 
-def compare(lm, kind: str, prompts: list[list[int]], new: int = NEW) -> tuple[list, int]:
+def compare(lm, kind: str, prompts: list[list[int]], new: int = NEW, **settings) -> tuple[list, int]:
     """Our generations, and at how many near ties a row went another way."""
-    ours = lm.generate(prompts, max_new_tokens=new, temperature=0)
+    ours = lm.generate(prompts, max_new_tokens=new, temperature=0, **settings)
     lengths = sorted(set(map(len, prompts)))
-    expected = [row for n in lengths for row in theirs(kind, [p for p in prompts if len(p) == n], new)]
+    expected = [row for n in lengths for row in theirs(kind, [p for p in prompts if len(p) == n], new, **settings)]
     ties = 0
     assert [len(p) for p in prompts] == sorted(len(p) for p in prompts)
     for g, (tokens, logprobs, gaps) in zip(ours, expected, strict=True):
@@ -70,6 +70,15 @@ def test_windows_and_yarn(load, kind, lengths):
     """Past the window of 24; YaRN from the first token on, and past its original 128 positions."""
     _, ties = compare(load(kind), kind, random_prompts(*lengths), 40)
     assert ties == 0
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.4])
+def test_repetition_penalty(load, penalty):
+    """Over prompt and output, never padding. Below 1 it is a reward: the padding's id 0 would win sooner or later."""
+    prompts = random_prompts(*[5] * 8, *[17] * 8)
+    ours, ties = compare(load("dense"), "dense", prompts, 40, repetition_penalty=penalty)
+    plain = load("dense").generate(prompts, max_new_tokens=40, temperature=0)
+    assert ties == 0 and sum(a.token_ids != b.token_ids for a, b in zip(ours, plain, strict=True)) > 8
 
 
 def test_yarn_when_long(load):

@@ -187,6 +187,9 @@ def test_seeds_and_samples(load):
     many = lm.generate([*prompt, [9, 9]], seed=5, n=3, **draw)
     assert many[0] == first[0] and len({tuple(g.token_ids) for g in many}) == 6
     assert [g.prompt_tokens for g in many] == [6, 6, 6, 2, 2, 2]
+    # The position is part of the key: nearly uniform draws do not repeat one token.
+    uniform = lm.generate(prompt, seed=5, max_new_tokens=12, temperature=1000.0)[0]
+    assert len(set(uniform.token_ids)) > 8
     # The same prompt twice is the same request twice.
     twice = lm.generate(prompt * 2, seed=5, **draw)
     assert twice[0] == twice[1]
