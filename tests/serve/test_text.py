@@ -76,6 +76,17 @@ def test_nothing_waits_that_cannot_be_a_stop(tokenizer):
     assert ended and sample.text == "aENx" and sample.cut
 
 
+def test_the_stop_that_is_complete_first_cuts_however_the_text_is_tokenised(tokenizer):
+    """Both stop strings lie in one token; the longer begins first, the shorter ends first."""
+    ids = tokenizer.encode("item")
+    [word] = [word for i in ids if len(word := tokenizer.decode([i])) >= 4]
+    stop = [word[0:4], word[2]]
+    for pieces in ([word], list(word)):
+        sample = SampleText(tokenizer, stop)
+        sample.push([i for piece in pieces for i in tokenizer.encode(piece)])
+        assert sample.cut and sample.text == word[:2]
+
+
 def test_characters_appear_whole(tokenizer):
     ids = tokenizer.encode("é🤠")
     assert len(ids) > 3, "the character must take several tokens"
