@@ -23,6 +23,7 @@ from qwen2_jax.checkpoint.safetensors_format import DTYPES, StoredTensor, plan_h
 from qwen2_jax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_NAME = 255  # bytes, on the common file systems
 
 
 class HfReader:
@@ -109,8 +110,9 @@ def _read_index(file: Path) -> dict[str, str]:
     for name, shard in shards.items():
         if not name.isprintable():
             raise UserError(f"{file}: a tensor name holds unprintable characters")
-        if not isinstance(shard, str) or not shard.isprintable() or shard in ("", ".", "..") or "/" in shard:
-            raise UserError(f"{file}: {name} points to {shard!r}, which is not the name of a file in the folder")
+        if (not isinstance(shard, str) or not shard.isprintable() or shard in ("", ".", "..") or "/" in shard
+                or len(os.fsencode(shard)) > _LONGEST_NAME):
+            raise UserError(f"{file}: {name} points to {shard!r:.300}, which is not the name of a file in the folder")
     return shards
 
 

@@ -23,7 +23,7 @@ BUG, USER_ERROR, INTERRUPTED, TERMINATED, CLOSED_PIPE = 1, 2, 130, 143, 141
 
 # The state of the machine, not of our code: the user can put it right.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
-                  errno.EFBIG}
+                  errno.EFBIG, errno.ENAMETOOLONG}
 OUT_OF_MEMORY = "out of memory: take a smaller batch, fewer tokens, or --dtype bfloat16"
 
 

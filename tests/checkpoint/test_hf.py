@@ -113,6 +113,7 @@ def test_index_that_places_a_tensor_in_a_shard_without_it(sharded):
     ('{"weight_map": {}}', "no weight_map"), ('{"weight_map": {"a": 3}}', "a points to 3"),
     ('{"weight_map": {"a": "../model.safetensors"}}', "not the name of a file"),
     ('{"weight_map": {"a": ".."}}', "not the name of a file"),
+    ('{"weight_map": {"a": "' + 256 * "x" + '"}}', "not the name of a file"),
     ('{"weight_map": {"a\\nb": "x"}}', "unprintable"),
 ])
 def test_damaged_index(text, message, sharded):

@@ -129,6 +129,13 @@ def test_out_of_memory_is_the_users_to_mend(probe):
         assert done.returncode == 2 and "out of memory" in one_line(done.stderr)
 
 
+@pytest.mark.parametrize("argv", ["info LONG", "generate --prompt x --model LONG", "convert LONG dst --to orbax"])
+def test_a_name_longer_than_the_file_system_takes(argv, capsys):
+    argv = argv.replace("LONG", 300 * "x").split()
+    assert main.entry([*argv, "--no-compilation-cache"]) == main.USER_ERROR
+    assert capsys.readouterr().err == f"qwen2-jax: error: File name too long: {300 * 'x'}\n"
+
+
 def test_a_full_disk_under_stdout(probe):
     with open("/dev/full", "w") as full:
         done = probe("probe", "--code", "print('result')", stdout=full, stderr=subprocess.PIPE, capture_output=False)
