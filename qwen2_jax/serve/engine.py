@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from qwen2_jax.errors import UserError
 from qwen2_jax.ops.sample import SamplingSettings
 from qwen2_jax.serve.programs import DECODE_CHUNK, Admission, Programs, PromptState, SlotState, sample_key
 from qwen2_jax.serve.scheduler import (
@@ -87,6 +89,9 @@ class Engine:
                 new = tokens[row, :counts[row]].tolist()
                 output.token_ids += new
                 output.logprobs += logprobs[row, :counts[row]].tolist()
+                if math.isnan(sum(output.logprobs[-len(new):])):
+                    raise UserError("the model's logits are not numbers (NaN): a weight of the checkpoint is NaN or infinite,"
+                                    " or too large for this dtype; --dtype float32 rules out the last")
                 output.ended_by_token = bool(stopped[row])
                 cut = on_tokens(sample, new[:-1] if output.ended_by_token else new)
                 budget_left = requests[sample.request].max_new_tokens - len(output.token_ids)

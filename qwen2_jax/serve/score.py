@@ -48,6 +48,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, number: i
     Spaces at the context's end go with the continuation, whose first token usually holds them (lm-evaluation-harness'
     rule). An empty context becomes the end-of-text token.
     """
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        raise UserError(f"pair {number} must be (context, continuation), both text")
     if not continuation:
         raise UserError(f"pair {number}: the continuation is empty, it has no likelihood")
     head = context.rstrip()
