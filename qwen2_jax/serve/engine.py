@@ -90,8 +90,8 @@ class Engine:
                 output.token_ids += new
                 output.logprobs += logprobs[row, :counts[row]].tolist()
                 if math.isnan(sum(output.logprobs[-len(new):])):
-                    raise UserError("the model's logits are not numbers (NaN): a weight of the checkpoint is NaN or infinite,"
-                                    " or too large for this dtype; --dtype float32 rules out the last")
+                    raise UserError("the model's logits are not numbers (NaN): a weight of the checkpoint is NaN or"
+                                    " infinite, or too large for this dtype; dtype float32 rules out the last")
                 output.ended_by_token = bool(stopped[row])
                 cut = on_tokens(sample, new[:-1] if output.ended_by_token else new)
                 budget_left = requests[sample.request].max_new_tokens - len(output.token_ids)
