@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import logging
 import os
 import shutil
 import signal
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen2_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -34,6 +38,8 @@ def staged(dst: Path, *, needed: int = 0) -> Iterator[Path]:
             raise _disk_error(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", dst)
         if partial.exists():  # a killed run had our process id
             shutil.rmtree(partial)
+        for left in dst.parent.glob(f"{glob.escape(dst.name)}.partial-*"):
+            log.warning("%s is there: of a run still writing, or of one that was killed; then remove it", left)
         partial.mkdir()
         try:
             yield partial

@@ -136,8 +136,10 @@ def _generate(lm, prepared: list[Record], out: IO[str], as_json: bool, settings:
     with tqdm(total=len(usable) * samples, unit="sample", disable=None if len(usable) * samples > 1 else True) as bar:
         try:
             lm.generate([prepared[i].ids for i in usable], on_done=finished, **settings)
-        finally:
-            write(upto_gap=False)  # interrupted: what is finished behind a gap counts too
+        finally:    # interrupted: what is finished behind a gap counts too, and each sample of a prompt
+            for i in usable:
+                done[i] = [line for _, line in sorted(parts[i].items())]
+            write(upto_gap=False)
 
 
 def _line(record: Record, generation, as_json: bool) -> str:

@@ -20,6 +20,8 @@ MAX_NEW_TOKENS = 256
 LARGEST = float(np.finfo(np.float32).max)
 PENALTIES = (1e-3, 1e3)
 
+MOST_SAMPLES = 100_000
+"""Most samples of one prompt in one call: each is kept in memory until all are done."""
 GREEDY, PLAIN = Sampling(), Sampling(temperature=1.0)
 
 
@@ -85,14 +87,16 @@ def check_sampling(s: Sampling, where: str = "") -> None:
 
 
 def check_settings(*, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
-                   top_k: int | None = None, repetition_penalty: float | None = None, stop: str | Sequence[str] = (),
-                   seed: int | None = None, n: int = 1, truncate: str | None = None) -> None:
+                   top_k: int | None = None, repetition_penalty: float | None = None,
+                   stop: str | Sequence[str] | None = (), seed: int | None = None, n: int = 1,
+                   truncate: str | None = None) -> None:
     """Raises UserError for an argument of `LM.generate` that no model could take."""
     GenerationDefaults().choose(temperature=temperature, top_p=top_p, top_k=top_k,
                                 repetition_penalty=repetition_penalty)
     if max_new_tokens is not None:
         whole("max_new_tokens", max_new_tokens, least=0)
-    whole("n", n, least=1)
+    if whole("n", n, least=1) > MOST_SAMPLES:
+        raise UserError(f"n must be at most {MOST_SAMPLES} samples a prompt, found {n}")
     check_stop(stop)
     check_seed(seed)
     check_truncate(truncate)
@@ -119,9 +123,11 @@ def check_truncate(truncate: str | None) -> None:
         raise UserError(f"truncate must be 'left' or None, found {truncate!r}")
 
 
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Stop strings as a tuple; UserError for an empty one, which would stop everywhere."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings as a tuple; None is none. UserError for an empty one, which would stop everywhere."""
+    if not isinstance(stop, str | Sequence | None):
+        raise UserError(f"stop must be a text or a list of texts, found {stop!r}")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for s in stop:
         if not isinstance(s, str) or not s:
             raise UserError(f"stop strings must be texts of at least one character, found {s!r}")

@@ -78,6 +78,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
 
     Raises UserError that says what is missing or not supported.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"a checkpoint is a folder, a file or a hub id, found {path!r}")
     checkpoint = open_checkpoint(path, revision=revision, ignore=ignore_fields)
     cfg = checkpoint.cfg
     if cfg.rope.kind != "default":
@@ -136,8 +138,8 @@ class LM:
         tokenizer = self._need_tokenizer()
         check_truncate(truncate)
         rows, starts = [], []
-        for i, (context, continuation) in enumerate(pairs):
-            ids, start = score.encode_pair(tokenizer, context, continuation, i)
+        for i, pair in enumerate(pairs):
+            ids, start = score.encode_pair(tokenizer, pair, i)
             score.check_ids(ids, self.cfg.vocab, f"pair {i}")
             # The last token is predicted, not read, so it needs no room.
             read, cut = self.limits.fit(ids[:-1], 0, f"pair {i} without its last token", truncate)
@@ -150,8 +152,9 @@ class LM:
 
     def generate(self, prompts: str | Sequence[str | Sequence[int]], *, max_new_tokens: int | None = None,
                  temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
-                 repetition_penalty: float | None = None, stop: str | Sequence[str] = (), seed: int | None = None,
-                 n: int = 1, truncate: Truncate = None, on_text: Callable[[int, str], None] | None = None,
+                 repetition_penalty: float | None = None, stop: str | Sequence[str] | None = (),
+                 seed: int | None = None, n: int = 1, truncate: Truncate = None,
+                 on_text: Callable[[int, str], None] | None = None,
                  on_done: Callable[[int, Generation], None] | None = None) -> list[Generation]:
         """Continue every prompt (text, or token ids) `n` times; a prompt's samples lie side by side in the result.
 
@@ -172,6 +175,8 @@ class LM:
         """
         check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                        repetition_penalty=repetition_penalty, stop=stop, seed=seed, n=n, truncate=truncate)
+        if not isinstance(prompts, Sequence | np.ndarray):
+            raise UserError(f"prompts must be a text, or a list of texts or of lists of token ids, found {prompts!r}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = self.defaults.choose(temperature=temperature, top_p=top_p, top_k=top_k,
                                         repetition_penalty=repetition_penalty)

@@ -20,6 +20,8 @@ LOGIT_BYTES = 1 << 30
 
 def check_ids(ids: Any, vocab: int, what: str) -> list[int]:
     """Token ids as a list of ints; UserError when empty, not whole numbers, or outside the vocabulary."""
+    if ids is None or isinstance(ids, int | float | np.number | dict):
+        raise UserError(f"{what} must be a list of at least one token id, found {ids!r}: give a list of such lists")
     try:
         array = np.asarray(ids)
     except ValueError:      # lists of unequal lengths
@@ -37,19 +39,22 @@ def check_ids(ids: Any, vocab: int, what: str) -> list[int]:
 
 def id_rows(ids: Any, vocab: int) -> list[list[int]]:
     """Rows of token ids, checked."""
-    if hasattr(ids, "ndim") and ids.ndim != 2:
-        raise UserError(f"token ids must be a list of lists or an array [B, T], found shape {tuple(ids.shape)}")
-    return [check_ids(row, vocab, f"row {i}") for i, row in enumerate(np.asarray(ids) if hasattr(ids, "ndim") else ids)]
+    shape = getattr(ids, "shape", None)     # an array's, numpy's or JAX's
+    if (shape is None and not isinstance(ids, Sequence)) or (shape is not None and len(shape) != 2):
+        found = repr(ids) if shape is None else f"shape {tuple(shape)}"
+        raise UserError(f"token ids must be a list of lists or an array [B, T], found {found}")
+    return [check_ids(row, vocab, f"row {i}") for i, row in enumerate(ids if shape is None else np.asarray(ids))]
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, number: int) -> tuple[list[int], int]:
+def encode_pair(tokenizer: Tokenizer, pair: tuple[str, str], number: int) -> tuple[list[int], int]:
     """(ids of context and continuation tokenised as one text, where the continuation begins).
 
     Spaces at the context's end go with the continuation, whose first token usually holds them (lm-evaluation-harness'
     rule). An empty context becomes the end-of-text token.
     """
-    if not isinstance(context, str) or not isinstance(continuation, str):
-        raise UserError(f"pair {number} must be (context, continuation), both text")
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise UserError(f"pair {number} must be (context, continuation), both text, found {pair!r}")
+    context, continuation = pair
     if not continuation:
         raise UserError(f"pair {number}: the continuation is empty, it has no likelihood")
     head = context.rstrip()
