@@ -25,13 +25,13 @@ from pathlib import Path
 ROWS = ("decode_b1", "decode_b8", "prefill", "train")
 DTYPES = ("float32", "bfloat16")
 SIDES = ("ours", "transformers")
-WORKER = Path(__file__).with_name("bench_worker.py")
+ROOT = Path(__file__).parents[1]
 
 
 def measure(side: str, row: str, dtype: str) -> dict[str, float]:
     """Seconds of one measurement in a fresh process: {"seconds": a call, "tokens": in it, …}."""
-    command = [sys.executable, str(WORKER), side, row, dtype]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tools.bench_worker", side, row, dtype]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
