@@ -66,10 +66,10 @@ class Engine:
             on_done(sample, Output())
         if not wanted:
             return
-        tokens = cache_length(max(map(_room, {requests[s.request] for s in wanted})))
-        fitting = self._devices * (CACHE_BYTES // self._programs.cache_bytes(tokens))
+        room = cache_length(max(map(_room, {requests[s.request] for s in wanted})))
+        fitting = self._devices * (CACHE_BYTES // self._programs.cache_bytes(room))
         slots = slot_count(len(wanted), self._devices, min(self._most_slots, fitting))
-        state, prompt = self._programs.new_state(slots, tokens), self._programs.new_prompt(tokens)
+        state, prompt = self._programs.new_state(slots, room), self._programs.new_prompt(room)
         scheduler = Scheduler(wanted, devices=self._devices, slots=slots)
         running: dict[tuple[int, int], tuple[Sample, Output]] = {}
         steps = min(FIRST_STRETCH, stretch)
@@ -87,9 +87,10 @@ class Engine:
             for (device, slot), (sample, output) in list(running.items()):
                 row = device * (slots // self._devices) + slot
                 new = tokens[row, :counts[row]].tolist()
+                new_logprobs = logprobs[row, :counts[row]].tolist()
                 output.token_ids += new
-                output.logprobs += logprobs[row, :counts[row]].tolist()
-                if math.isnan(sum(output.logprobs[-len(new):])):
+                output.logprobs += new_logprobs
+                if any(map(math.isnan, new_logprobs)):
                     raise UserError("the model's logits are not numbers (NaN): a weight of the checkpoint is NaN or"
                                     " infinite, or too large for this dtype; dtype float32 rules out the last")
                 output.ended_by_token = bool(stopped[row])
