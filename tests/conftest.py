@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from qwen2_jax.cli.compilation_cache import enable_compilation_cache  # noqa: E402
 
@@ -55,6 +56,16 @@ def dtype_promotion(request):
     optax = room in OPTAX_ROOMS or "optax" in request.keywords
     with jax.numpy_dtype_promotion("standard" if optax else "strict"):
         yield
+
+
+@pytest.fixture
+def no_compilation_cache():
+    """No persistent cache. JAX decides once a process whether it uses one, hence the resets."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -7,24 +7,12 @@ import signal
 import threading
 import time
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import qwen2_jax
 from qwen2_jax.serve import engine
 from qwen2_jax.serve.programs import Programs
 from tests.serve.models import random_prompts
-
-
-@pytest.fixture
-def uncached():
-    """No persistent cache, so that what is not there yet is compiled."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 def programs(lm) -> list[str]:
@@ -56,7 +44,7 @@ def test_the_same_shapes_compile_once(checkpoint):
     assert lm._programs._compiled == before
 
 
-def test_compiling_is_said_with_its_time(checkpoint, monkeypatch, uncached):
+def test_compiling_is_said_with_its_time(checkpoint, monkeypatch, no_compilation_cache):
     said = []
     monkeypatch.setattr("qwen2_jax.serve.lm.SAID_SECONDS", 0.0)
     lm = qwen2_jax.load(checkpoint("dense"), notify=said.append)

@@ -17,6 +17,7 @@ from qwen2_jax.ops.vocab import logits, target_logprobs
 from qwen2_jax.presets import PRESETS
 
 pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")    # no TPU program can be read back without a TPU
 
 TOPOLOGIES = ("v5e:2x2", "v2:2x2")  # v2 has other matrix units, and kernels of its own
 MIB = 2**20
@@ -25,14 +26,6 @@ SMALL = dataclasses.replace(PRESETS["Qwen2-0.5B"], layers=2, vocab=2048)
 SMALL_MOE = dataclasses.replace(PRESETS["Qwen2-57B-A14B"], layers=1, vocab=2048, d_model=512, d_ff=1024, heads=4,
                                 kv_heads=2, moe=dataclasses.replace(PRESETS["Qwen2-57B-A14B"].moe, experts=8, top_k=2,
                                                                     d_expert=256, d_shared=512))
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache():
-    """A program compiled for a TPU cannot be read back from the cache without one."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
