@@ -18,7 +18,7 @@ from qwen2_jax.sharding.axes import BATCH, ONE_DEVICE, Axes
 
 MASKED = -1e30
 QUERY_CHUNK = 512
-KEY_BLOCK = 256
+KEY_BLOCK = 128
 """Cache slots that decoding reads at a time. Cache lengths are multiples of it, so that a row's sums are taken over the
 same blocks in the same order however long its neighbours' caches are: equal tokens to the last bit."""
 
@@ -43,7 +43,7 @@ def attend(q_BTNH, k_BTKH, v_BTKH, *, segments_BT=None, windowed=None, window: i
             mask_BtS = mask_BtS & (segment_Bt[:, :, None] == segments_BT[:, None, :])
         scores = _scores(q_BtNH, k_BKSH, mask_BtS)
         p = jax.nn.softmax(scores, axis=-1)
-        return _merge_heads(_batched_dot(p.astype(v_BKSH.dtype), v_BKSH, _BATCHED_PV), N).astype(q_BtNH.dtype)
+        return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), N).astype(q_BtNH.dtype)
 
     segments = segments_BT if segments_BT is not None else jnp.zeros((B, T), jnp.int32)
     if T <= chunk:
@@ -77,7 +77,7 @@ def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int
         new_top = jnp.maximum(top, scores.max(-1))
         p = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
-        out = out * keep[..., None] + _batched_dot(p.astype(v.dtype), v, _BATCHED_PV)
+        out = out * keep[..., None] + _batched_dot(p, v, _BATCHED_PV)
         return new_top, total * keep + p.sum(-1), out
 
     rows = (B, K, T * (N // K))
@@ -114,8 +114,9 @@ def _merge_heads(out_BKRH, heads: int):
 
 
 def _batched_dot(a, b, dimensions):
-    """A batched product in float32. XLA for CPU has no bfloat16 form of it, so there both sides are widened first."""
-    if a.dtype == jnp.float32:
+    """A batched product in float32, of a rounded to b's dtype. XLA for CPU has no bfloat16 form of it, so there both
+    sides are widened instead, and a is not rounded."""
+    if b.dtype == jnp.float32:
         return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     def widened(a, b):
@@ -123,7 +124,7 @@ def _batched_dot(a, b, dimensions):
                                preferred_element_type=jnp.float32)
 
     def direct(a, b):
-        return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+        return lax.dot_general(a.astype(b.dtype), b, dimensions, preferred_element_type=jnp.float32)
 
     return lax.platform_dependent(a, b, cpu=widened, default=direct)
 

@@ -53,25 +53,27 @@ def sample(logits_RV, seen_RV, key_R, settings: SamplingSettings):
     `key_R`: one key a row, already folded with the position, so that a row's draw depends on nothing but itself. A
     draw is the arg-max of logits plus Gumbel noise; of equal values the lowest id wins.
     """
-    penalised_RV = lax.cond(jnp.any(settings.penalty_R != 1), penalise, lambda z, *_: z,
-                            logits_RV, seen_RV, settings.penalty_R)
+    penalised = jnp.any(settings.penalty_R != 1)
     greedy_R = settings.temperature_R < COLDEST
+    top_R = logits_RV.max(-1)   # each pass over the logits counts, so the arg-max and the log-sum-exp share this one
 
     def draw(z_RV):
+        z_RV = lax.cond(penalised, penalise, lambda z, *_: z, z_RV, seen_RV, settings.penalty_R)
         safe = settings._replace(temperature_R=jnp.where(greedy_R, 1.0, settings.temperature_R))
         noise_RV = jax.vmap(lambda key: jax.random.gumbel(key, z_RV.shape[1:], jnp.float32))(key_R)
-        return _argmax(jnp.where(greedy_R[:, None], z_RV, filter_logits(z_RV, safe) + noise_RV))
+        z_RV = jnp.where(greedy_R[:, None], z_RV, filter_logits(z_RV, safe) + noise_RV)
+        return _first(z_RV, z_RV.max(-1))
 
-    token_R = lax.cond(jnp.all(greedy_R), _argmax, draw, penalised_RV)
+    token_R = lax.cond(jnp.all(greedy_R) & ~penalised, lambda z_RV: _first(z_RV, top_R), draw, logits_RV)
     chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0]
-    return token_R, chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
+    return token_R, chosen_R - top_R - jnp.log(jnp.exp(logits_RV - top_R[:, None]).sum(-1))
 
 
-def _argmax(x_RV):
-    """The lowest index of the largest value, int32 [R]. On CPU `jnp.argmax` is not vectorised and takes four times as
-    long as these two passes."""
+def _first(x_RV, value_R):
+    """The lowest index of a value that each row holds, int32 [R]. On CPU `jnp.argmax` is not vectorised and takes four
+    times as long as a maximum and this."""
     index_V = jnp.arange(x_RV.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x_RV == x_RV.max(-1, keepdims=True), index_V[None], index_V[-1]), axis=-1)
+    return jnp.min(jnp.where(x_RV == value_R[:, None], index_V[None], index_V[-1]), axis=-1)
 
 
 def _keep_top_k(logits_RV, top_k_R):
