@@ -4,7 +4,7 @@
 PY := .venv/bin/python
 PROMPT ?= The little red fox
 
-.PHONY: help quickstart test check smoke parity-big bench constraints clean core dev
+.PHONY: help quickstart test check smoke parity-big pod bench constraints clean core dev
 
 help:   ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,9 @@ smoke:    ## the small set of tests on Python 3.12 and a newer JAX
 
 parity-big: dev    ## one-layer slices of the 72B and the 57B-A14B against transformers (16 GB of memory)
 	$(PY) -m tools.parity_big
+
+pod: dev    ## four models on 28 meshes of eight host devices against one device (half an hour)
+	$(PY) -m tools.sameness
 
 bench: dev    ## Qwen2-0.5B at its true shape against transformers on this machine
 	$(PY) -m tools.bench_transformers

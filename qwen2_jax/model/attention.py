@@ -13,17 +13,21 @@ from qwen2_jax.model.params import normal, weight, zeros
 from qwen2_jax.ops.attention import attend, attend_cache
 from qwen2_jax.ops.dot import linear
 from qwen2_jax.ops.rope import apply_rope
-from qwen2_jax.sharding.axes import Axes
+from qwen2_jax.sharding.axes import TENSOR, Axes
+from qwen2_jax.sharding.rules import Rules
+from qwen2_jax.sharding.split import Split
 
 
 class Context(NamedTuple):
-    """What all layers share: rotary tables, and either segments (whole rows) or slots (a cache)."""
+    """What all layers share of the tokens that attention sees on this device: rotary tables and slots; the segments of
+    whole rows; where a cache is written."""
 
     cos_BTh: jax.Array
     sin_BTh: jax.Array
+    slots_BT: jax.Array
+    """A token's index in its row, int32."""
     segments_BT: jax.Array | None = None
     start: jax.Array | None = None
-    slots_BT: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -32,9 +36,15 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD, context: Context, windowed, layer, cache):
-        """→ ([B, T, D], cache). `cache` is this run's {"k", "v"} or None; `layer` indexes it."""
-        cfg = self.cfg
+    def __call__(self, x_BtD, context: Context, windowed, layer, cache):
+        """→ ([B, t, D], cache). `cache` is this run's {"k", "v"} or None; `layer` indexes it.
+
+        Where heads are not split over tensor, its devices share the row's tokens instead, as those along context do:
+        each computes its own queries against the keys and values of all.
+        """
+        cfg, ax = self.cfg, self.ax
+        split = Split.of(cfg, ax, "heads")
+        x_BTD = split.enter(x_BtD)
         B, T, D = x_BTD.shape
         N, K, H = cfg.heads, cfg.kv_heads, cfg.head_dim
         init = normal(cfg.init_std)
@@ -43,18 +53,33 @@ class Attention(nn.Module):
             axis = "heads" if name == "q" else "kv_heads"
             w = weight(self, name, (heads * H, D), (axis, "embed"), init)
             bias = weight(self, f"{name}_bias", (heads * H,), (axis,), zeros)
-            return linear(x_BTD, w, bias).reshape(B, T, heads, H)
+            if name != "q":
+                w, bias = self._own_head(w), self._own_head(bias)
+            return linear(x_BTD, w, bias).reshape(B, T, -1, H)
 
         q_BTNH, k_BTKH, v_BTKH = project("q", N), project("k", K), project("v", K)
         q_BTNH = apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
         k_BTKH = apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
         sliding = dict(windowed=windowed, window=cfg.window.size or 0)
         if cache is None:
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=context.segments_BT, **sliding)
+            def of_row(x_BT):
+                return None if x_BT is None else ax.gather(x_BT, split.tokens, 1)
+
+            out_BTNH = attend(q_BTNH, of_row(k_BTKH), of_row(v_BTKH), slots_BT=context.slots_BT,
+                              key_slots_BS=of_row(context.slots_BT), segments_BT=context.segments_BT,
+                              key_segments_BS=of_row(context.segments_BT), **sliding)
         else:
             cache = {"k": write(cache["k"], layer, k_BTKH, context.start),
                      "v": write(cache["v"], layer, v_BTKH, context.start)}
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in ("k", "v"))
-            out_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, slots_BT=context.slots_BT, ax=self.ax, **sliding)
+            out_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, slots_BT=context.slots_BT, ax=ax, **sliding)
         w_o = weight(self, "o", (D, N * H), ("embed", "heads"), init)
-        return linear(out_BTNH.reshape(B, T, N * H), w_o), cache
+        return split.leave(linear(out_BTNH.reshape(B, T, -1), w_o)), cache
+
+    def _own_head(self, w):
+        """Weights of the key-value head that this device's queries look at, where there are fewer than devices."""
+        copies = Rules.of(self.cfg, self.ax).kv_copies
+        if copies == 1:
+            return w
+        H = self.cfg.head_dim
+        return jax.lax.dynamic_slice_in_dim(self.ax.vary(w, TENSOR), self.ax.index(TENSOR) // copies * H, H)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.ops.attention import KEY_BLOCK
 from qwen2_jax.ops.bits import as_bits, bits_dtype
+from qwen2_jax.sharding.axes import BATCH, ONE_DEVICE, Axes
+from qwen2_jax.sharding.rules import Rules
 
 
 def cache_slots(tokens: int) -> int:
@@ -20,12 +23,20 @@ def cache_slots(tokens: int) -> int:
     return -(-tokens // KEY_BLOCK) * KEY_BLOCK
 
 
-def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype, *, stacked: bool) -> dict:
-    """Zeros for `batch` rows of `slots` tokens of `dtype`; the same run names as the parameters."""
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype, *, stacked: bool, ax: Axes = ONE_DEVICE) -> dict:
+    """Zeros for `batch` rows of `slots` tokens of `dtype`, all of a mesh together (`cache_spec` says where they lie);
+    the same run names as the parameters. A key-value head that devices share has a copy for each."""
+    kv_heads = cfg.kv_heads * Rules.of(cfg, ax).kv_copies
+
     def leaf(run):
-        return jnp.zeros((run.length, batch, cfg.kv_heads, slots, cfg.head_dim), bits_dtype(dtype))
+        return jnp.zeros((run.length, batch, kv_heads, slots, cfg.head_dim), bits_dtype(dtype))
 
     return {run.name: {"k": leaf(run), "v": leaf(run)} for run in cfg.layer_runs(stacked=stacked)}
+
+
+def cache_spec(cfg: ModelConfig, ax: Axes) -> P:
+    """Of every leaf of a cache: rows over the batch axes, heads as attention splits them."""
+    return P(None, BATCH, Rules.of(cfg, ax).head_axes)
 
 
 def write(cache_RBKSH, layer, new_BTKH, start):

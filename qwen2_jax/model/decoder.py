@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import LayerRun, ModelConfig
 from qwen2_jax.errors import UserError
@@ -24,19 +26,24 @@ from qwen2_jax.ops.experts import RouterStats
 from qwen2_jax.ops.norm import rms_norm
 from qwen2_jax.ops.rope import rope_tables
 from qwen2_jax.ops.vocab import embed
-from qwen2_jax.sharding.axes import BATCH, Axes
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, TENSOR, Axes
+from qwen2_jax.sharding.mesh import shardings
+from qwen2_jax.sharding.rules import Rules
+from qwen2_jax.sharding.split import Split
 
 Remat = Literal["none", "full", "dots"]
 
 
 class DecoderOutput(NamedTuple):
     x_BTD: jax.Array
-    """Hidden states after the final norm, compute dtype."""
+    """Hidden states after the final norm, compute dtype. With whole rows on a mesh, this device's tokens [B, t, D]."""
     head: dict[str, jax.Array]
     """The head's weights as this device sees them; `head["table"]` is the embedding when tied."""
+    vocab: Split
+    """How `head["table"]` is split: for `ops.vocab`."""
     cache: dict | None
     router: RouterStats | None
-    """Sums over layers and this device's counted tokens; None for dense models."""
+    """Sums over layers and the counted tokens of this device's rows; None for dense models."""
     hidden_LBTD: jax.Array | None
     """Each block's output, when asked for."""
 
@@ -116,40 +123,54 @@ class Decoder(nn.Module):
         `long_B` bool [B], for `rope_when` "long": whole rows find it out themselves (a row is long when one of its
         tokens stands at `original_max_position` or beyond); with a cache the caller knows how long a request may grow.
         """
-        cfg, common = self.cfg, (self.cfg, self.ax, self.dtype)
+        cfg, ax = self.cfg, self._axes(ids_BT, cache)
+        common = (cfg, ax, self.dtype)
         B, T = ids_BT.shape
-        steps_T = jnp.arange(T, dtype=jnp.int32)
-        slots_BT = None
-        if cache is not None:
-            slots_BT = jnp.broadcast_to(start.reshape(-1, 1) + steps_T[None], (B, T))
+        if cache is None:
+            start = ax.index(CONTEXT) * T
+        slots_BT = jnp.broadcast_to(jnp.asarray(start, jnp.int32).reshape(-1, 1) + jnp.arange(T, dtype=jnp.int32)[None],
+                                    (B, T))
+        if positions_BT is None or cache is not None:
             positions_BT = slots_BT
-        elif positions_BT is None:
-            positions_BT = jnp.broadcast_to(steps_T, (B, T))
         counts_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
         if cache is None and long_B is None and cfg.rope.when == "long":
-            long_B = jnp.where(counts_BT, positions_BT, 0).max(1) >= jnp.int32(cfg.rope.original_max_position)
-        cos_BTh, sin_BTh = rope_tables(positions_BT, cfg.rope, cfg.head_dim, long_B)
-        context = Context(cos_BTh, sin_BTh, segments_BT, start, slots_BT)
+            last_B = ax.pmax(jnp.where(counts_BT, positions_BT, 0).max(1), CONTEXT)
+            long_B = last_B >= jnp.int32(cfg.rope.original_max_position)
+        attends = Split.of(cfg, ax, "heads").inside
+        cos_BTh, sin_BTh = rope_tables(attends(positions_BT), cfg.rope, cfg.head_dim, long_B)
+        context = Context(cos_BTh, sin_BTh, attends(slots_BT),
+                          None if segments_BT is None else attends(segments_BT), start)
+        counts_Bt = ax.piece(counts_BT, [a for a in ax.tokens if a in TENSOR], 1)
 
+        vocab = Split.of(cfg, ax, "vocab")
         table_VD = Embed(*common, name="embed")()
-        x_BTD = embed(ids_BT, table_VD)
+        x_BtD = embed(ids_BT, table_VD, vocab)
         router = None
         if cfg.moe is not None:
             zero_E = jnp.zeros((cfg.moe.experts,), jnp.float32)
-            router = self.ax.vary(RouterStats(zero_E, zero_E, jnp.zeros((), jnp.float32)), BATCH)
+            router = ax.vary(RouterStats(zero_E, zero_E, jnp.zeros((), jnp.float32)), BATCH + ax.tokens)
         hidden, new_cache = [], {}
         for run in cfg.layer_runs(stacked=self.stacked):
             run_cache = None if cache is None else cache[run.name]
-            (x_BTD, run_cache, router), outputs = self._run(run)(
-                (x_BTD, run_cache, router), context, counts_BT, self._layer_inputs(run))
+            (x_BtD, run_cache, router), outputs = self._run(run, ax)(
+                (x_BtD, run_cache, router), context, counts_Bt, self._layer_inputs(run))
             hidden.append(outputs)
             new_cache[run.name] = run_cache
-        x_BTD = Norm(*common, name="norm")(x_BTD)
+        x_BtD = Norm(*common, name="norm")(x_BtD)
         head = {"table": table_VD} if cfg.tied_head else Head(*common, name="head" if cfg.head == "lm" else cfg.head)()
-        return DecoderOutput(x_BTD, head, new_cache if cache is not None else None, router,
+        return DecoderOutput(x_BtD, head, vocab, new_cache if cache is not None else None,
+                             None if router is None else ax.psum(router, ax.tokens),
                              jnp.concatenate(hidden) if self.collect else None)
 
-    def _run(self, run: LayerRun) -> Callable:
+    def _axes(self, ids_BT, cache) -> Axes:
+        """The mesh with what splits a row's tokens: nothing while a cache is filled; else context, which the caller has
+        split them over already, and tensor where it divides what is left."""
+        if cache is not None:
+            return self.ax.splitting(())
+        divides = ids_BT.shape[1] % self.ax.size(TENSOR) == 0
+        return self.ax.splitting(CONTEXT + TENSOR if divides else CONTEXT)
+
+    def _run(self, run: LayerRun, ax: Axes) -> Callable:
         """One run of blocks as a scan over its stacked parameters."""
         block = Block
         if self.remat not in get_args(Remat):
@@ -161,7 +182,7 @@ class Decoder(nn.Module):
         in_axes: Any = (nn.broadcast, nn.broadcast, 0)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=run.length,
                           in_axes=in_axes, metadata_params={nn.PARTITION_NAME: "layers"})
-        return scanned(self.cfg, self.ax, self.dtype, self.train, run.sparse, self.collect, name=run.name)
+        return scanned(self.cfg, ax, self.dtype, self.train, run.sparse, self.collect, name=run.name)
 
     def _layer_inputs(self, run: LayerRun):
         windowed = self.cfg.windowed_layers()
@@ -169,14 +190,30 @@ class Decoder(nn.Module):
         return jnp.arange(run.length, dtype=jnp.int32), flags_R
 
 
-def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True) -> dict:
-    """Fresh float32 parameters: normal(init_std) matrices, zero biases, unit norms; the same in both layouts."""
-    @jax.jit    # so that the forward pass, which declares the parameters, is not computed
-    def init(key):
-        return nn.meta.unbox(Decoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True, mesh: Mesh | None = None) -> dict:
+    """Fresh float32 parameters: normal(init_std) matrices, zero biases, unit norms; the same bits in both layouts and
+    on every mesh, each device making its own pieces."""
+    def init(key):      # under jit, so that the forward pass, which declares the parameters, is not computed
+        params = nn.meta.unbox(Decoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        return params if stacked else unstack(params, cfg)
 
-    params = init(key)
-    return params if stacked else unstack(params, cfg)
+    if mesh is None:
+        return jax.jit(init)(key)
+    return jax.jit(init, out_shardings=shardings(param_specs(cfg, mesh, stacked=stacked), mesh))(key)
+
+
+def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True) -> dict:
+    """The partition spec of each parameter on the mesh, a tree like the parameters (`sharding/rules.py`)."""
+    rules = Rules.of(cfg, Axes.of(mesh))
+    declared = jax.eval_shape(lambda: Decoder(cfg, stacked=stacked).init(jax.random.key(0),
+                                                                        jnp.zeros((1, 1), jnp.int32))["params"])
+
+    def spec(leaf: Any) -> P:
+        if leaf.names[0] == "layers":
+            return P(None, *rules.spec(leaf.names[1:], leaf.value.shape[1:]))
+        return rules.spec(leaf.names, leaf.value.shape)
+
+    return jax.tree.map(spec, declared, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def abstract_params(cfg: ModelConfig, *, stacked: bool = True) -> dict:

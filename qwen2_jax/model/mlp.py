@@ -11,6 +11,7 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.params import normal, weight
 from qwen2_jax.ops.dot import linear, matmul
 from qwen2_jax.sharding.axes import Axes
+from qwen2_jax.sharding.split import Split
 
 
 def swiglu(x_xD, gate_FD, up_FD, down_DF):
@@ -25,9 +26,11 @@ class Mlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BtD):
         D, F, init = self.cfg.d_model, self.cfg.d_ff, normal(self.cfg.init_std)
-        return swiglu(x_BTD,
-                      weight(self, "gate", (F, D), ("ffn", "embed"), init),
-                      weight(self, "up", (F, D), ("ffn", "embed"), init),
-                      weight(self, "down", (D, F), ("embed", "ffn"), init))
+        split = Split.of(self.cfg, self.ax, "ffn")
+        y_BTD = swiglu(split.enter(x_BtD),
+                       weight(self, "gate", (F, D), ("ffn", "embed"), init),
+                       weight(self, "up", (F, D), ("ffn", "embed"), init),
+                       weight(self, "down", (D, F), ("embed", "ffn"), init))
+        return split.leave(y_BTD)

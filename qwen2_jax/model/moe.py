@@ -22,6 +22,8 @@ from qwen2_jax.ops.experts import (
     router_stats,
 )
 from qwen2_jax.sharding.axes import Axes
+from qwen2_jax.sharding.rules import Rules
+from qwen2_jax.sharding.split import Split
 
 
 class Moe(nn.Module):
@@ -31,8 +33,12 @@ class Moe(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BTD, counts_BT) -> tuple[jax.Array, RouterStats]:
-        """→ ([B, T, D], router statistics over the tokens where `counts_BT` holds)."""
+    def __call__(self, x_BtD, counts_Bt) -> tuple[jax.Array, RouterStats]:
+        """→ ([B, t, D], router statistics over the tokens where `counts_Bt` holds).
+
+        Experts stay, tokens travel: a device gets the tokens of all that share its experts, computes what its own
+        experts make of them, and the results are summed where the tokens came from. Nothing is dropped.
+        """
         moe, init = self.cfg.moe, normal(self.cfg.init_std)
         assert moe is not None      # the decoder makes this block for sparse layers only
         D, E, F, S = self.cfg.d_model, moe.experts, moe.d_expert, moe.d_shared
@@ -40,18 +46,34 @@ class Moe(nn.Module):
         w = ExpertWeights(weight(self, "gate", (E, F, D), expert_axes, init),
                           weight(self, "up", (E, F, D), expert_axes, init),
                           weight(self, "down", (E, D, F), ("expert", "embed", "expert_ffn"), init))
-        x_RD = x_BTD.reshape(-1, D)
+        x_RD = x_BtD.reshape(-1, D)
         router = weight(self, "router", (E, D), ("router", "embed"), init)
         weight_Rk, expert_Rk, probability_RE = route(x_RD, router, top_k=moe.top_k, normalise=moe.norm_topk_prob)
-        if self.train:
-            routed_RD = grouped_experts(x_RD, weight_Rk, expert_Rk, w)
-        else:
-            routed_RD = lax.platform_dependent(x_RD, weight_Rk, expert_Rk, w,
-                                               cpu=blocked_experts, default=grouped_experts)
-        shared_RD = swiglu(x_RD,
-                           weight(self, "shared_gate", (S, D), ("ffn", "embed"), init),
-                           weight(self, "shared_up", (S, D), ("ffn", "embed"), init),
-                           weight(self, "shared_down", (D, S), ("embed", "ffn"), init))
+        by_token = (*x_BtD.shape[:2], moe.top_k)
+        routed_BtD = self._routed(x_BtD, weight_Rk.reshape(by_token), expert_Rk.reshape(by_token), w)
+        split = Split.of(self.cfg, self.ax, "shared_ffn")
+        shared_BtD = split.leave(swiglu(split.enter(x_BtD),
+                                        weight(self, "shared_gate", (S, D), ("shared_ffn", "embed"), init),
+                                        weight(self, "shared_up", (S, D), ("shared_ffn", "embed"), init),
+                                        weight(self, "shared_down", (D, S), ("embed", "shared_ffn"), init)))
         share_R1 = jax.nn.sigmoid(matmul(x_RD, weight(self, "shared_router", (1, D), ("router", "embed"), init)))
-        y_RD = (routed_RD + share_R1 * shared_RD.astype(jnp.float32)).astype(x_BTD.dtype)
-        return y_RD.reshape(x_BTD.shape), router_stats(expert_Rk, probability_RE, counts_BT.reshape(-1))
+        shared_BtD = share_R1.reshape(*x_BtD.shape[:2], 1) * shared_BtD.astype(jnp.float32)
+        y_BtD = (routed_BtD + shared_BtD).astype(x_BtD.dtype)
+        return y_BtD, router_stats(expert_Rk, probability_RE, counts_Bt.reshape(-1))
+
+    def _routed(self, x_BtD, weight_Btk, expert_Btk, w: ExpertWeights):
+        """What the experts make of this device's tokens, float32 [B, t, D]; `w` are this device's experts."""
+        ax, rules = self.ax, Rules.of(self.cfg, self.ax)
+        split, over = Split.of(self.cfg, ax, "expert_ffn"), rules.split_over("expert")
+        x_bTD, weight_bTk, expert_bTk = (ax.gather(split.enter(a), over, 0) for a in (x_BtD, weight_Btk, expert_Btk))
+        b, T, D = x_bTD.shape
+        k, here = weight_bTk.shape[-1], w.gate_EFD.shape[0]
+        # Another device's experts get the number behind the last of our own.
+        expert_bTk = expert_bTk - ax.index(over) * here
+        expert_bTk = jnp.where((expert_bTk >= 0) & (expert_bTk < here), expert_bTk, here) if over else expert_bTk
+        rows = x_bTD.reshape(-1, D), weight_bTk.reshape(-1, k), expert_bTk.reshape(-1, k)
+        if self.train:
+            y_RD = grouped_experts(*rows, w)
+        else:
+            y_RD = lax.platform_dependent(*rows, w, cpu=blocked_experts, default=grouped_experts)
+        return split.leave(ax.scatter(y_RD.reshape(b, T, D), over, 0))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.sharding.axes import BATCH
+from qwen2_jax.sharding.axes import BATCH, FSDP, Axes
+from qwen2_jax.sharding.rules import Rules
 
 
 def normal(std: float) -> Callable:
@@ -21,14 +22,20 @@ zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
 def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
-    """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype.
+    """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype: its piece
+    along the axes that stay split (`sharding/rules.py`), gathered over fsdp.
 
-    `module` is a Linen module with fields `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded in
-    another dtype is used as it is, and cast here.
+    `module` is a Linen module with fields `cfg`, `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded
+    in another dtype is used as it is, and cast here.
     """
-    stored: Any = module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
-    # Cast first: the gradient's sum over devices then happens once, here, for the whole step.
-    return module.ax.vary(stored.astype(module.dtype), BATCH)
+    ax: Axes = module.ax
+    rules = Rules.of(module.cfg, ax)
+    stored: Any = module.param(name, nn.with_partitioning(init, axes), rules.local_shape(axes, shape), jnp.float32)
+    # Cast first: half the bytes travel, and the gradient's sum over devices happens once, here.
+    w = ax.vary(stored.astype(module.dtype), BATCH + ax.tokens)
+    for dim, names in enumerate(rules.placement(axes, shape)):
+        w = ax.gather(w, [n for n in names if n in FSDP], dim)
+    return w
 
 
 def stack(params: dict, cfg: ModelConfig) -> dict:

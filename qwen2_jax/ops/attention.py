@@ -9,12 +9,14 @@ sliding window compare slots, which inside one segment differ exactly as positio
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qwen2_jax.ops.bits import from_bits
-from qwen2_jax.sharding.axes import BATCH, ONE_DEVICE, Axes
+from qwen2_jax.sharding.axes import ONE_DEVICE, Axes
 
 MASKED = -1e30
 QUERY_CHUNK = 512
@@ -26,33 +28,37 @@ _BATCHED_QK = (((3,), (3,)), ((0, 1), (0, 1)))
 _BATCHED_PV = (((3,), (2,)), ((0, 1), (0, 1)))
 
 
-def attend(q_BTNH, k_BTKH, v_BTKH, *, segments_BT=None, windowed=None, window: int = 0, chunk: int = QUERY_CHUNK):
+def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments_BT=None, key_segments_BS: Any = None,
+           windowed=None, window: int = 0, chunk: int = QUERY_CHUNK):
     """Causal attention over whole rows → [B, T, N, H] in q's dtype.
 
-    `segments_BT` int: tokens see their own segment only. `windowed` bool scalar (may be traced): when true, a token
-    sees the last `window` tokens, itself included. Queries are taken `chunk` at a time and recomputed in the backward
-    pass, so memory grows with T, not with T squared.
+    Queries may be some of a row's tokens and keys all of them: `slots_BT` and `key_slots_BS` int32 (default: the tokens
+    of a row in order) say which is where. `segments_BT`, `key_segments_BS` int: tokens see their own segment only.
+    `windowed` bool scalar (may be traced): when true, a token sees the last `window` tokens, itself included. Queries
+    are taken `chunk` at a time and recomputed in the backward pass, so memory grows with T, not with T squared.
     """
     B, T, N, H = q_BTNH.shape
-    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    key_slot_S = jnp.arange(T, dtype=jnp.int32)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    slots_BT = jnp.arange(T, dtype=jnp.int32)[None] if slots_BT is None else slots_BT
+    key_slots_BS = slots_BT if key_slots_BS is None else key_slots_BS
+    key_segments_BS = segments_BT if key_segments_BS is None else key_segments_BS
 
-    def piece(q_BtNH, slot_t, segment_Bt):
-        mask_BtS = _visible(slot_t[None], key_slot_S, windowed, window)
+    def piece(q_BtNH, slot_Bt, segment_Bt):
+        mask_BtS = _visible(slot_Bt, key_slots_BS, windowed, window)
         if segments_BT is not None:
-            mask_BtS = mask_BtS & (segment_Bt[:, :, None] == segments_BT[:, None, :])
+            mask_BtS = mask_BtS & (segment_Bt[:, :, None] == key_segments_BS[:, None, :])
         scores = _scores(q_BtNH, k_BKSH, mask_BtS)
         p = jax.nn.softmax(scores, axis=-1)
         return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), N).astype(q_BtNH.dtype)
 
-    segments = segments_BT if segments_BT is not None else jnp.zeros((B, T), jnp.int32)
+    segments = segments_BT if segments_BT is not None else slots_BT
     if T <= chunk:
-        return piece(q_BTNH, key_slot_S, segments)
+        return piece(q_BTNH, slots_BT, segments)
     pieces = -(-T // chunk)
     pad = pieces * chunk - T
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(B, pieces, chunk, N, H).swapaxes(0, 1)
-    slots = jnp.arange(pieces * chunk, dtype=jnp.int32).reshape(pieces, chunk)
-    segments = jnp.pad(segments, ((0, 0), (0, pad))).reshape(B, pieces, chunk).swapaxes(0, 1)
+    slots, segments = (jnp.pad(x, ((0, 0), (0, pad))).reshape(-1, pieces, chunk).swapaxes(0, 1)
+                       for x in (slots_BT, segments))
     out = lax.map(lambda x: jax.checkpoint(piece)(*x), (q, slots, segments))
     return out.swapaxes(0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
 
@@ -72,7 +78,7 @@ def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int
         start = i * KEY_BLOCK
         k, v = (from_bits(lax.dynamic_slice_in_dim(x_BKSH, start, KEY_BLOCK, axis=2), q_BTNH.dtype)
                 for x_BKSH in (k_BKSH, v_BKSH))
-        mask_BTS = _visible(slots_BT, start + jnp.arange(KEY_BLOCK, dtype=jnp.int32), windowed, window)
+        mask_BTS = _visible(slots_BT, (start + jnp.arange(KEY_BLOCK, dtype=jnp.int32))[None], windowed, window)
         scores = _scores(q_BTNH, k, mask_BTS)
         new_top = jnp.maximum(top, scores.max(-1))
         p = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -83,13 +89,13 @@ def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int
     rows = (B, K, T * (N // K))
     start = (jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32))
     blocks = slots_BT.max() // KEY_BLOCK + 1
-    _, total, out = lax.fori_loop(0, blocks, block, ax.vary(start, BATCH))
+    _, total, out = lax.fori_loop(0, blocks, block, ax.vary_like(start, q_BTNH))
     return _merge_heads(out / total[..., None], N).astype(q_BTNH.dtype)
 
 
-def _visible(query_slots_BT, key_slots_S, windowed, window: int):
+def _visible(query_slots_BT, key_slots_BS, windowed, window: int):
     """Bool [B, T, S]: the key is not after the query and, where `windowed`, fewer than `window` slots before it."""
-    distance = query_slots_BT[:, :, None] - key_slots_S[None, None, :]
+    distance = query_slots_BT[:, :, None] - key_slots_BS[:, None, :]
     mask = distance >= 0
     if window and windowed is not None:
         mask = mask & (~jnp.asarray(windowed) | (distance < window))

@@ -67,13 +67,18 @@ def load_balancing_loss(stats: RouterStats):
 
 
 def grouped_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
-    """Sum over choices of weight * SwiGLU expert, float32 [R, D], by `lax.ragged_dot`: differentiable, dropless."""
+    """Sum over choices of weight * SwiGLU expert, float32 [R, D], by `lax.ragged_dot`: differentiable, dropless.
+
+    A choice numbered E is of an expert that is not here, and adds nothing.
+    """
     order_C, expert_C, token_C = _sorted_copies(expert_Rk)
-    sizes_E = jnp.bincount(expert_C, length=w.gate_EFD.shape[0]).astype(jnp.int32)
+    E = w.gate_EFD.shape[0]
+    sizes_E = jnp.bincount(expert_C, length=E + 1)[:E].astype(jnp.int32)
     x_CD = x_RD[token_C]
     h_CF = jax.nn.silu(_ragged(x_CD, w.gate_EFD, sizes_E)) * _ragged(x_CD, w.up_EFD, sizes_E)
     y_CD = _ragged(h_CF.astype(x_RD.dtype), w.down_EDF, sizes_E)
-    return _combine(y_CD, order_C, weight_Rk)
+    # What `ragged_dot` leaves in rows of no group is not said to be zero.
+    return _combine(jnp.where((expert_C < E)[:, None], y_CD, 0), order_C, weight_Rk)
 
 
 def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
@@ -86,13 +91,14 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
     k = expert_Rk.shape[1]
     E = w.gate_EFD.shape[0]
     order_C, expert_C, token_C = _sorted_copies(expert_Rk)
-    sizes_E = jnp.bincount(expert_C, length=E).astype(jnp.int32)
+    sizes_E = jnp.bincount(expert_C, length=E + 1)[:E].astype(jnp.int32)
     blocks_E = -(-sizes_E // ROW_BLOCK)
     last_block_E = jnp.cumsum(blocks_E)
+    here_C = expert_C < E
     within_C = jnp.arange(R * k, dtype=jnp.int32) - (jnp.cumsum(sizes_E) - sizes_E)[expert_C]
-    slot_C = (last_block_E - blocks_E)[expert_C] * ROW_BLOCK + within_C
     capacity = (min(R * k, -(-R * k // ROW_BLOCK) + E)) * ROW_BLOCK
-    x_SD = jnp.zeros((capacity, D), x_RD.dtype).at[slot_C].set(x_RD[token_C])
+    slot_C = jnp.where(here_C, (last_block_E - blocks_E)[expert_C] * ROW_BLOCK + within_C, capacity)
+    x_SD = jnp.zeros((capacity, D), x_RD.dtype).at[slot_C].set(x_RD[token_C], mode="drop")
 
     def block(i, y_SD):
         e = jnp.searchsorted(last_block_E, i, side="right")
@@ -103,7 +109,7 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
         return lax.dynamic_update_slice_in_dim(y_SD, matmul(h, down), i * ROW_BLOCK, 0)
 
     y_SD = lax.fori_loop(0, last_block_E[-1], block, jnp.zeros_like(x_SD, jnp.float32))
-    return _combine(y_SD[slot_C], order_C, weight_Rk)
+    return _combine(jnp.where(here_C[:, None], y_SD[slot_C], 0), order_C, weight_Rk)
 
 
 def _sorted_copies(expert_Rk):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from qwen2_jax.checkpoint.load import load_params
 from qwen2_jax.checkpoint.source import open_checkpoint
@@ -26,7 +26,7 @@ from qwen2_jax.data.chat import Message, chat_token_ids
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.data.tokenizer_files import has_tokenizer
 from qwen2_jax.errors import UserError
-from qwen2_jax.model.decoder import abstract_params
+from qwen2_jax.model.decoder import param_specs
 from qwen2_jax.serve import score
 from qwen2_jax.serve.defaults import GenerationDefaults, check_seed, check_settings, check_stop, check_truncate
 from qwen2_jax.serve.engine import Engine, Output
@@ -34,7 +34,7 @@ from qwen2_jax.serve.limits import Limits
 from qwen2_jax.serve.programs import DECODE_CHUNK, Programs
 from qwen2_jax.serve.scheduler import Request, Sample
 from qwen2_jax.serve.text import SampleText
-from qwen2_jax.sharding.mesh import REPLICATED, make_mesh
+from qwen2_jax.sharding.mesh import make_mesh, shardings
 
 log = logging.getLogger("qwen2_jax")
 
@@ -70,7 +70,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
     Args:
       dtype: "float32" or "bfloat16" (or the JAX type): what weights are held and multiplied in; sums are float32.
         None: as config.json says, float32 where that is float16.
-      mesh: None for one device, or "data=N": weights on N devices, requests split over them.
+      mesh: None for one device, or axes like "fsdp=2x2,tensor=2" (docs/architecture.md): requests split over data,
+        fsdp and expert, weights over fsdp, expert and tensor. Each process reads only what its devices hold.
       ignore_fields: names of unknown fields of config.json to pass over.
       rope_when: "long" leaves requests that fit the original context unscaled (YaRN, linear); "always" is
         transformers' rule.
@@ -90,10 +91,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
     name = _dtype_name(dtype if dtype is not None else "float32" if cfg.dtype == "float16" else cfg.dtype)
     mesh = make_mesh(mesh)
     stacked = jax.default_backend() != "cpu"
-    shardings = None
-    if mesh is not None:
-        shardings = jax.tree.map(lambda _: NamedSharding(mesh, REPLICATED), abstract_params(cfg, stacked=stacked))
-    params = load_params(checkpoint, cfg, dtype=name, stacked=stacked, shardings=shardings)
+    where = None if mesh is None else shardings(param_specs(cfg, mesh, stacked=stacked), mesh)
+    params = load_params(checkpoint, cfg, dtype=name, stacked=stacked, shardings=where)
     tokenizer = Tokenizer.load(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None
     return LM(params, cfg, tokenizer=tokenizer, defaults=GenerationDefaults.read(checkpoint.folder),
               dtype=jnp.dtype(name), stacked=stacked, mesh=mesh, notify=notify)

@@ -16,24 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.model.cache import empty_cache
-from qwen2_jax.model.decoder import Decoder
+from qwen2_jax.model.cache import cache_spec, empty_cache
+from qwen2_jax.model.decoder import Decoder, param_specs
 from qwen2_jax.ops.sample import Leaf, SamplingSettings, sample
 from qwen2_jax.ops.vocab import logits, target_logprobs
 from qwen2_jax.shapes import kv_bytes_per_token
-from qwen2_jax.sharding.axes import BATCH, Axes
+from qwen2_jax.sharding.axes import BATCH, IN_STEP, Axes
 from qwen2_jax.sharding.compiler import compile_serving
-from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device
+from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, TOKENS_SPEC, per_device, shardings
+from qwen2_jax.sharding.rules import Rules
 
 DECODE_CHUNK = 32
 """Most tokens a slot produces in one decode call; between calls the host streams text and refills slots."""
 STOP_IDS = 4
 """Stop ids that one compiled program checks; fewer are repeated."""
-CACHE_SPEC = P(None, BATCH)
 
 
 class SlotState(NamedTuple):
@@ -53,7 +53,7 @@ class SlotState(NamedTuple):
     settings: SamplingSettings | P
 
 
-STATE_SPEC = SlotState(CACHE_SPEC, *(BATCH_SPEC,) * 7)
+STATE_SPEC = SlotState(REPLICATED, *(BATCH_SPEC,) * 7)   # where the cache lies, the model says
 
 
 class PromptState(NamedTuple):
@@ -65,7 +65,7 @@ class PromptState(NamedTuple):
     length_n: Leaf
 
 
-PROMPT_SPEC = PromptState(CACHE_SPEC, *(BATCH_SPEC,) * 3)
+PROMPT_SPEC = PromptState(REPLICATED, *(BATCH_SPEC,) * 3)
 
 
 class Admission(NamedTuple):
@@ -96,13 +96,20 @@ class Programs:
     def __init__(self, params: dict, cfg: ModelConfig, *, dtype: Any, stacked: bool, mesh: Mesh | None,
                  notify: Callable[[str, float], None]):
         self.params, self.cfg, self.dtype, self.stacked, self.mesh = params, cfg, dtype, stacked, mesh
-        self.devices = 1 if mesh is None else mesh.size
+        self._ax = Axes.of(mesh)
+        self.devices = self._ax.size(BATCH)
+        """Devices, or groups of devices, that have rows of their own."""
+        cache = cache_spec(cfg, self._ax)
+        self._state_spec, self._prompt_spec = STATE_SPEC._replace(cache=cache), PROMPT_SPEC._replace(cache=cache)
+        self._param_specs = param_specs(cfg, mesh, stacked=stacked)
         self._notify = notify
         self._compiled: dict[tuple, Any] = {}
 
     def cache_bytes(self, cache_slots: int) -> int:
-        """Bytes of one row of the cache."""
-        return cache_slots * kv_bytes_per_token(self.cfg, itemsize=jnp.dtype(self.dtype).itemsize)
+        """Bytes of one row of the cache on a device."""
+        rules = Rules.of(self.cfg, self._ax)
+        whole = cache_slots * kv_bytes_per_token(self.cfg, itemsize=jnp.dtype(self.dtype).itemsize)
+        return whole * rules.kv_copies // self._ax.size(rules.head_axes)
 
     def new_state(self, slots: int, cache_slots: int) -> SlotState:
         """State of `slots` slots at rest (a multiple of the devices) that hold `cache_slots` tokens each."""
@@ -114,7 +121,7 @@ class Programs:
                 jnp.zeros((slots, self.cfg.vocab), bool), jax.vmap(sample_key)(zero_R, zero_R),
                 jnp.zeros(slots, bool), SamplingSettings(off_R, zero_R, off_R + 1, off_R + 1))
 
-        return self._make(("state", slots, cache_slots), build, STATE_SPEC)
+        return self._make(("state", slots, cache_slots), build, self._state_spec)
 
     def new_prompt(self, cache_slots: int) -> PromptState:
         """Room for one prompt a device."""
@@ -123,7 +130,7 @@ class Programs:
             return PromptState(self._cache(n, cache_slots), jnp.zeros((n, vocab), jnp.float32),
                                jnp.zeros((n, vocab), bool), jnp.zeros(n, jnp.int32))
 
-        return self._make(("prompt", cache_slots), build, PROMPT_SPEC)
+        return self._make(("prompt", cache_slots), build, self._prompt_spec)
 
     def prefill(self, prompt: PromptState, ids_nT, start_n, count_n, long_n, active_n) -> PromptState:
         """Run one chunk of one prompt a device: `count` real tokens of T, from slot `start` of its row on.
@@ -131,43 +138,42 @@ class Programs:
         Arrays have one entry a device; a device whose `active` is false leaves its prompt as it is. A chunk that starts
         at 0 begins a new prompt.
         """
-        return self._run("prefill", _prefill, (PROMPT_SPEC, *(BATCH_SPEC,) * 5), PROMPT_SPEC, True,
+        return self._run("prefill", _prefill, (self._prompt_spec, *(BATCH_SPEC,) * 5), self._prompt_spec, True,
                          prompt, ids_nT, start_n, count_n, long_n, active_n)
 
     def insert(self, state: SlotState, prompt: PromptState, slot_n, active_n, admission: Admission) -> SlotState:
         """Put each device's prompt into one of its slots and wake the slot."""
-        return self._run("insert", _insert, (STATE_SPEC, PROMPT_SPEC, *(BATCH_SPEC,) * 3),
-                         STATE_SPEC, True, state, prompt, slot_n, active_n, admission)
+        return self._run("insert", _insert, (self._state_spec, self._prompt_spec, *(BATCH_SPEC,) * 3),
+                         self._state_spec, True, state, prompt, slot_n, active_n, admission)
 
     def end(self, state: SlotState, slot_n, active_n) -> SlotState:
         """Put a slot to rest."""
-        return self._run("end", _end, (STATE_SPEC, *(BATCH_SPEC,) * 2), STATE_SPEC, True,
+        return self._run("end", _end, (self._state_spec, *(BATCH_SPEC,) * 2), self._state_spec, True,
                          state, slot_n, active_n)
 
     def decode(self, state: SlotState, stop_ids: Sequence[int], steps: int) -> tuple[SlotState, Decoded]:
         """Draw up to `steps` ≤ DECODE_CHUNK tokens in every live slot; returns early when all are at rest."""
         stop = np.resize(np.asarray(stop_ids or [-1], np.int32), max(STOP_IDS, len(stop_ids)))
-        return self._run("decode", _decode, (STATE_SPEC, REPLICATED, REPLICATED),
-                         (STATE_SPEC, BATCH_SPEC), True, state, stop, jnp.int32(steps))
+        return self._run("decode", _decode, (self._state_spec, REPLICATED, REPLICATED),
+                         (self._state_spec, BATCH_SPEC), True, state, stop, jnp.int32(steps))
 
     def logits(self, ids_BT, long_B):
         """float32 [B, T, V] of whole rows, padding on the right; B a multiple of the devices."""
-        return self._run("logits", _logits, (BATCH_SPEC, BATCH_SPEC), BATCH_SPEC, False, ids_BT, long_B)
+        return self._run("logits", _logits, (TOKENS_SPEC, BATCH_SPEC), TOKENS_SPEC, False, ids_BT, long_B)
 
     def scores(self, ids_BT, targets_BT, long_B):
         """(log p of each target, is it the arg-max), each [B, T], of whole rows."""
-        return self._run("scores", _scores, (BATCH_SPEC,) * 3, BATCH_SPEC, False, ids_BT, targets_BT, long_B)
+        return self._run("scores", _scores, (TOKENS_SPEC, TOKENS_SPEC, BATCH_SPEC), TOKENS_SPEC, False,
+                         ids_BT, targets_BT, long_B)
 
     def _cache(self, rows: int, cache_slots: int) -> dict:
-        return empty_cache(self.cfg, rows, cache_slots, self.dtype, stacked=self.stacked)
+        return empty_cache(self.cfg, rows, cache_slots, self.dtype, stacked=self.stacked, ax=self._ax)
 
     def _make(self, key: tuple, build: Callable, spec):
         """The arrays `build` returns, each made where `spec` wants it; compiled once a key."""
         if key not in self._compiled:
-            shardings = None
-            if self.mesh is not None:
-                shardings = jax.tree.map(partial(NamedSharding, self.mesh), spec, is_leaf=lambda x: isinstance(x, P))
-            self._compiled[key] = jax.jit(build, out_shardings=shardings).lower().compile()
+            where = None if self.mesh is None else shardings(spec, self.mesh)
+            self._compiled[key] = jax.jit(build, out_shardings=where).lower().compile()
         return self._compiled[key]()
 
     def _run(self, name: str, fn: Callable, in_specs, out_specs, donate: bool, *args):
@@ -179,7 +185,7 @@ class Programs:
                 model = Decoder(self.cfg, ax, self.dtype, self.stacked, train=False)
                 return fn(partial(model.apply, {"params": params}), *local_args, ax=ax)
 
-            mapped = per_device(local, self.mesh, (REPLICATED, *in_specs), out_specs)
+            mapped = per_device(local, self.mesh, (self._param_specs, *in_specs), out_specs)
             began = time.perf_counter()
             lowered = jax.jit(mapped, donate_argnums=(1,) if donate else ()).lower(self.params, *args)
             self._compiled[key], was_cached = compile_serving(lowered)
@@ -210,7 +216,7 @@ def _prefill(apply: Callable, prompt: PromptState, ids_1T, start_1, count_1, lon
     real_T = jnp.arange(ids_1T.shape[1]) < count
     # Padding points one past the vocabulary, where the scatter drops it.
     seen_V = seen_V.at[jnp.where(real_T, ids_1T[0], seen_V.shape[0])].set(True, mode="drop")
-    new = PromptState(out.cache, logits(last_1D, out.head["table"]), seen_V[None], start_1 + count_1)
+    new = PromptState(out.cache, logits(last_1D, out.head["table"], out.vocab), seen_V[None], start_1 + count_1)
     return jax.tree.map(lambda new, old: jnp.where(active_1[0], new, old), new, prompt)
 
 
@@ -245,12 +251,16 @@ def _decode(apply: Callable, state: SlotState, stop_ids, steps, *, ax: Axes) -> 
     blank = (jnp.zeros((slots, DECODE_CHUNK), jnp.int32), jnp.zeros((slots, DECODE_CHUNK), jnp.float32),
              jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool))
 
+    def busy(state):
+        """Whether a slot is live here or on a device that this one must keep in step with."""
+        return ax.psum(jnp.any(state.budget_R > 0).astype(jnp.int32), IN_STEP) > 0
+
     def unfinished(carry):
-        step, state, _ = carry
-        return (step < steps) & jnp.any(state.budget_R > 0)
+        step, going_on, _, _ = carry
+        return (step < steps) & going_on
 
     def advance(carry):
-        step, state, out = carry
+        step, _, state, out = carry
         live_R = state.budget_R > 0
         key_R = jax.vmap(jax.random.fold_in)(state.key_R, state.length_R)
         token_R, logprob_R = sample(state.logits_RV, state.seen_RV, key_R, state.settings)
@@ -261,11 +271,12 @@ def _decode(apply: Callable, state: SlotState, stop_ids, steps, *, ax: Axes) -> 
             seen_RV=state.seen_RV.at[rows, token_R].max(live_R),
             budget_R=jnp.where(stopped_R, 0, jnp.maximum(state.budget_R - 1, 0))))
         # The last token of the last live slot needs no forward pass.
-        state = lax.cond(jnp.any(state.budget_R > 0), partial(_forward, apply, token_R=token_R), lambda s: s, state)
-        return step + 1, state, out
+        going_on = busy(state)
+        state = lax.cond(going_on, partial(_forward, apply, token_R=token_R), lambda s: s, state)
+        return step + 1, ax.vary(going_on, BATCH), state, out
 
-    start = (jnp.int32(0), state, ax.vary(Decoded(*blank), BATCH))
-    _, state, out = lax.while_loop(unfinished, advance, ax.vary(start, BATCH))
+    start = (jnp.int32(0), busy(state), state, Decoded(*blank))
+    _, _, state, out = lax.while_loop(unfinished, advance, ax.vary(start, BATCH))
     return state, out
 
 
@@ -273,16 +284,16 @@ def _forward(apply: Callable, state: SlotState, *, token_R) -> SlotState:
     """Write the drawn tokens into the cache and get the logits after them; slots at rest stay where they are."""
     live_R = state.budget_R > 0
     out = apply(token_R[:, None], cache=state.cache, start=state.length_R, long_B=state.long_R)
-    return state._replace(cache=out.cache, logits_RV=logits(out.x_BTD[:, 0], out.head["table"]),
+    return state._replace(cache=out.cache, logits_RV=logits(out.x_BTD[:, 0], out.head["table"], out.vocab),
                           length_R=state.length_R + live_R.astype(jnp.int32))
 
 
 def _logits(apply: Callable, ids_BT, long_B, *, ax: Axes):
     out = apply(ids_BT, long_B=long_B)
-    return logits(out.x_BTD, out.head["table"])
+    return logits(out.x_BTD, out.head["table"], out.vocab)
 
 
 def _scores(apply: Callable, ids_BT, targets_BT, long_B, *, ax: Axes):
     out = apply(ids_BT, long_B=long_B)
-    logprob_BT, _, greedy_BT = target_logprobs(out.x_BTD, out.head["table"], targets_BT)
+    logprob_BT, _, greedy_BT = target_logprobs(out.x_BTD, out.head["table"], targets_BT, out.vocab)
     return logprob_BT, greedy_BT

@@ -10,7 +10,7 @@ import numpy as np
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.serve.programs import Programs
-from qwen2_jax.sharding.mesh import BATCH_SPEC, place
+from qwen2_jax.sharding.mesh import BATCH_SPEC, TOKENS_SPEC, place
 
 SHORTEST_ROW = 32
 ROWS_A_DEVICE = (1, 8)
@@ -72,7 +72,7 @@ def logits(programs: Programs, rows: Sequence[list[int]], long: Sequence[bool]) 
     """float32 [T, V] of each row."""
     out: list[Any] = [None] * len(rows)
     for members, ids_BT, long_B in _batches(programs, rows, long, logit_bytes=4 * programs.cfg.vocab):
-        result = np.asarray(programs.logits(*place((ids_BT, long_B), programs.mesh, BATCH_SPEC)))
+        result = np.asarray(programs.logits(*place((ids_BT, long_B), programs.mesh, (TOKENS_SPEC, BATCH_SPEC))))
         for position, i in enumerate(members):
             out[i] = result[position, :len(rows[i])].copy()
     return out
@@ -86,7 +86,7 @@ def loglikelihoods(programs: Programs, rows: Sequence[list[int]], starts: Sequen
         targets_BT = np.zeros_like(ids_BT)
         for position, i in enumerate(members):
             targets_BT[position, :len(rows[i]) - 1] = rows[i][1:]
-        arrays = place((ids_BT, targets_BT, long_B), programs.mesh, BATCH_SPEC)
+        arrays = place((ids_BT, targets_BT, long_B), programs.mesh, (TOKENS_SPEC, TOKENS_SPEC, BATCH_SPEC))
         logprob_BT, greedy_BT = map(np.asarray, programs.scores(*arrays))
         for position, i in enumerate(members):
             span = slice(starts[i] - 1, len(rows[i]) - 1)

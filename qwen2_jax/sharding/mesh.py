@@ -2,64 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.sharding.axes import BATCH, Axes
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, FSDP, MESH_AXES, Axes
 
+NAMES = ("data", "fsdp", "expert", "context", "tensor")
+"""What a mesh is written with; `fsdp` stands for one mesh axis a torus dimension."""
 BATCH_SPEC = P(BATCH)
+TOKENS_SPEC = P(BATCH, CONTEXT)
+"""Of arrays [B, T, …]: rows over the batch axes, tokens over context."""
 REPLICATED = P()
-SUPPORTED_AXES = ("data",)
 
 
-def make_mesh(spec: str | Mesh | None) -> Mesh | None:
-    """`"data=4"` → a mesh over the first four devices; None or "" → None, one device.
+def parse_mesh(text: str) -> dict[str, tuple[int, ...]]:
+    """`"fsdp=4x4,tensor=2"` → {"fsdp": (4, 4), "tensor": (2,)}; raises UserError for what is not of that form."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, size = part.partition("=")
+        if name not in NAMES:
+            raise UserError(f"mesh axis '{name}' in '{text}' is not supported: {', '.join(NAMES)} are")
+        if name in sizes:
+            raise UserError(f"mesh axis '{name}' appears twice in '{text}'")
+        factors = size.split("x") if name == "fsdp" else [size]
+        if not all(f.isascii() and f.isdecimal() and int(f) for f in factors):
+            raise UserError(f"mesh axis '{name}' needs a positive whole number, found '{size}' in '{text}'")
+        if len(factors) > len(FSDP):
+            raise UserError(f"mesh axis 'fsdp' has at most {len(FSDP)} dimensions, found '{size}' in '{text}'")
+        sizes[name] = tuple(map(int, factors))
+    return sizes
+
+
+def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """A mesh as it is written, axes in any order, over the first of the devices (default: all of this program's).
+
+    `"fsdp=2x2,tensor=2"`: the axes of `sharding.axes.MESH_AXES`, those of one device left out. `fsdp=4` is spread over
+    the dimensions of the devices' torus; `fsdp=2x2` says how. None or "" → None: one device, no mesh. A `Mesh` is
+    checked and, where it has axes of one device, returned without them.
 
     Raises UserError for an axis that is unknown, repeated or not a positive number, or for more devices than there are.
     """
     if spec is None:
         return None
     if isinstance(spec, Mesh):
-        for name in spec.axis_names:
-            _check_axis(name, f"{dict(spec.shape)}")
-        return spec
+        return _known(spec)
     if not isinstance(spec, str):
         raise UserError(f"mesh must be a text like 'data=4', a jax.sharding.Mesh or None, found {spec!r}")
-    sizes: dict[str, int] = {}
-    for part in filter(None, (p.strip() for p in spec.split(","))):
-        name, _, size = part.partition("=")
-        _check_axis(name, spec)
-        if name in sizes:
-            raise UserError(f"mesh axis '{name}' appears twice in '{spec}'")
-        if not size.isdecimal() or int(size) < 1:
-            raise UserError(f"mesh axis '{name}' needs a positive whole number, found '{size}' in '{spec}'")
-        sizes[name] = int(size)
+    sizes = parse_mesh(spec)
     if not sizes:
         return None
-    devices = jax.devices()
-    need = 1
-    for size in sizes.values():
-        need *= size
+    devices = list(jax.devices() if devices is None else devices)
+    need = math.prod(itertools.chain.from_iterable(sizes.values()))
     if need > len(devices):
         raise UserError(f"mesh '{spec}' needs {need} devices, this machine has {len(devices)}")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:need],
-                         axis_types=(AxisType.Auto,) * len(sizes))
+    if len(sizes.get("fsdp", ())) == 1:
+        sizes["fsdp"] = spread(sizes["fsdp"][0], torus(devices[:need]))
+    named = dict(zip(FSDP, sizes.pop("fsdp", ()), strict=False)) | {name: size for name, (size,) in sizes.items()}
+    live = {name: named[name] for name in MESH_AXES if named.get(name, 1) > 1} or {"data": 1}
+    grid = mesh_utils.create_device_mesh(tuple(live.values()), devices[:need], allow_split_physical_axes=True)
+    return Mesh(grid, tuple(live), axis_types=(AxisType.Auto,) * len(live))
 
 
-def _check_axis(name: str, spec: str) -> None:
-    if name not in SUPPORTED_AXES:
-        raise UserError(f"mesh axis '{name}' in '{spec}' is not supported: {', '.join(SUPPORTED_AXES)} is")
+def torus(devices: Sequence[Any]) -> tuple[int, ...]:
+    """Sizes of the dimensions that the devices fill, largest first; (their number,) where they have no coordinates or
+    leave gaps."""
+    coordinates = [(*getattr(d, "coords", ()), getattr(d, "core_on_chip", 0)) for d in devices]
+    spans = tuple(len(set(values)) for values in zip(*coordinates, strict=True))
+    if math.prod(spans) != len(devices):
+        spans = (len(devices),)
+    return tuple(sorted((n for n in spans if n > 1), reverse=True)) or (1,)
+
+
+def spread(size: int, dimensions: Sequence[int]) -> tuple[int, ...]:
+    """`size` as factors, each of which divides a dimension of its own: whole dimensions before parts of them, few
+    factors before many; (size,) when that cannot be."""
+    found = []
+    for count in range(1, min(len(dimensions), len(FSDP)) + 1):
+        for chosen in itertools.combinations(dimensions, count):
+            options = itertools.product(*([f for f in range(2, n + 1) if n % f == 0] for n in chosen))
+            found += [(sum(f != n for f, n in zip(factors, chosen, strict=True)), count, factors)
+                      for factors in options if math.prod(factors) == size]
+    return min(found)[2] if found else (size,)
+
+
+def _known(mesh: Mesh) -> Mesh:
+    for name in mesh.axis_names:
+        if name not in MESH_AXES:
+            raise UserError(f"mesh axis '{name}' in '{dict(mesh.shape)}' is not supported: {', '.join(MESH_AXES)} are")
+    live = {name: mesh.shape[name] for name in MESH_AXES if mesh.shape.get(name, 1) > 1} or {"data": 1}
+    if tuple(live) == mesh.axis_names:
+        return mesh
+    order = [mesh.axis_names.index(name) for name in MESH_AXES if name in mesh.axis_names]
+    return Mesh(np.transpose(mesh.devices, order).reshape(tuple(live.values())), tuple(live),
+                axis_types=(AxisType.Auto,) * len(live))
 
 
 def per_device(fn: Callable, mesh: Mesh | None, in_specs, out_specs) -> Callable:
     """`fn(*local_arrays, ax=Axes)` over global arrays: mapped over the mesh, or called directly when there is none.
 
-    Take gradients *outside* of it: the variance check then types every collective, and the gradient of a replicated
-    parameter is the sum over the devices that used it.
+    Specs may name any of MESH_AXES; those that the mesh has not got are left out. Take gradients *outside* of it: the
+    variance check then types every collective, and the gradient of a replicated parameter is the sum over the devices
+    that used it.
     """
     ax = Axes.of(mesh)
 
@@ -68,11 +120,30 @@ def per_device(fn: Callable, mesh: Mesh | None, in_specs, out_specs) -> Callable
 
     if mesh is None:
         return local
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+    return jax.shard_map(local, mesh=mesh, in_specs=on_mesh(in_specs, mesh), out_specs=on_mesh(out_specs, mesh),
+                         check_vma=True)
 
 
-def place(tree, mesh: Mesh | None, spec: P = REPLICATED):
-    """Put host arrays on the mesh (or the default device) under one partition spec."""
+def on_mesh(specs, mesh: Mesh):
+    """Partition specs, or a tree of them, without the axes that the mesh has not got."""
+    def known(spec: P) -> P:
+        return P(*(_known_axes(entry, mesh) for entry in spec))
+
+    return jax.tree.map(known, specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def _known_axes(entry: Any, mesh: Mesh) -> tuple[str, ...] | None:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(n for n in names if n in mesh.axis_names) or None
+
+
+def shardings(specs, mesh: Mesh):
+    """Partition specs, or a tree of them, as shardings on the mesh."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), on_mesh(specs, mesh), is_leaf=lambda x: isinstance(x, P))
+
+
+def place(tree, mesh: Mesh | None, spec: Any = REPLICATED):
+    """Put host arrays on the mesh (or the default device) under one partition spec, or a tree of them."""
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    return jax.device_put(tree, shardings(spec, mesh))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from qwen2_jax.data.packing import PackedBatch
 from qwen2_jax.errors import UserError
-from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device, place
+from qwen2_jax.sharding.mesh import REPLICATED, TOKENS_SPEC, per_device, place
 from qwen2_jax.train.loop import Hook
 from qwen2_jax.train.losses import LossSums, NextTokenLoss
 
@@ -53,10 +53,10 @@ def make_evaluation(loss: NextTokenLoss, documents: Sequence[np.ndarray], *, row
     """
     plan = windows([len(document) for document in documents], row_length, stride)
     # Equally long windows side by side would need no padding, but one compiled shape is worth more here.
-    sums = jax.jit(per_device(loss.sums, mesh, (REPLICATED, BATCH_SPEC), REPLICATED))
+    sums = jax.jit(per_device(loss.sums, mesh, (loss.param_specs(mesh), TOKENS_SPEC), REPLICATED))
 
     def evaluate(params: dict) -> tuple[float, int]:
-        parts: list[LossSums] = [sums(params, place(batch, mesh, BATCH_SPEC))
+        parts: list[LossSums] = [sums(params, place(batch, mesh, TOKENS_SPEC))
                                  for batch in _batches(plan, documents, row_length, batch_size)]
         return math.fsum(float(p.nll) for p in parts), round(math.fsum(float(p.count) for p in parts))
 

@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import PackedBatch
-from qwen2_jax.model.decoder import Decoder, Remat
+from qwen2_jax.model.decoder import Decoder, Remat, param_specs
 from qwen2_jax.ops.experts import RouterStats, load_balancing_loss
 from qwen2_jax.ops.vocab import target_logprobs
-from qwen2_jax.sharding.axes import BATCH, Axes
-
-ONE_DEVICE = Axes()
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, ONE_DEVICE, Axes
 
 jax.tree_util.register_dataclass(PackedBatch)   # here, because `data/` is numpy alone
 
@@ -53,19 +52,25 @@ class NextTokenLoss:
     remat: Remat = "none"
     z_coef: float = 0.0
 
+    def param_specs(self, mesh: Mesh | None) -> dict:
+        """Where the parameters lie on a mesh."""
+        return param_specs(self.model, mesh, stacked=self.stacked)
+
     def sums(self, params: dict, batch: PackedBatch, *, ax: Axes = ONE_DEVICE) -> LossSums:
-        """Sums over this device's rows [b, T], then over devices."""
+        """Sums over this device's tokens [b, T], then over devices."""
         decoder = Decoder(self.model, ax, jnp.dtype(self.dtype), self.stacked, remat=self.remat)
         out: Any = decoder.apply({"params": params}, batch.ids_BT, positions_BT=batch.positions_BT,
                                  segments_BT=batch.segments_BT)
         with jax.named_scope("loss"):
-            logprob_BT, lse_BT, correct_BT = target_logprobs(out.x_BTD, out.head["table"], batch.targets_BT)
+            logprob_BT, lse_BT, correct_BT = target_logprobs(out.x_BTD, out.head["table"], batch.targets_BT,
+                                                              out.vocab)
             weight_BT = batch.weights_BT.astype(jnp.float32)
             local = LossSums(nll=-jnp.sum(weight_BT * logprob_BT),
                              z=jnp.sum(weight_BT * jnp.square(lse_BT)),
                              correct=jnp.sum(weight_BT * correct_BT.astype(jnp.float32)),
-                             count=jnp.sum(weight_BT), router=out.router)
-        return ax.psum(local, BATCH)
+                             count=jnp.sum(weight_BT), router=None)
+        sums = ax.psum(local, BATCH + CONTEXT)
+        return sums._replace(router=None if out.router is None else ax.psum(out.router, BATCH))
 
     def mean(self, sums: LossSums) -> jax.Array:
         """The number to minimise, nats a token. A batch without targets gives 0."""

@@ -31,9 +31,11 @@ class SaveState(Hook):
 
 def stored_state(state: TrainState, cfg: ModelConfig) -> dict[str, Any]:
     """The entries that `Store` saves; parameters and the optimizer's moments are stacked."""
-    return {"params": stack(state.params, cfg),
-            "optimizer": _relayout(stack, state.optimizer, cfg),
-            "step": {"updates": state.step}}
+    return _entries(TrainState(stack(state.params, cfg), _relayout(stack, state.optimizer, cfg), state.step))
+
+
+def _entries(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "optimizer": state.optimizer, "step": {"updates": state.step}}
 
 
 def restore_state(store: Store, cfg: ModelConfig, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
@@ -41,9 +43,11 @@ def restore_state(store: Store, cfg: ModelConfig, like: TrainState, step: int | 
 
     `like` is a fresh state (`init_state`) of the same model and optimizer. Raises UserError as `Store.restore` does.
     """
-    sharding = like.step.sharding
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                            jax.eval_shape(lambda s: stored_state(s, cfg), like))
+    # A stack lies as its first layer does: its leading axis is never split.
+    lies = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(_entries(like))}
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[path]),
+        jax.eval_shape(lambda s: stored_state(s, cfg), like))
     saved, position = store.restore(abstract, step)
     params, optimizer = saved["params"], saved["optimizer"]
     if like.params.keys() != params.keys():

@@ -12,7 +12,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, per_device, place
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, Axes
+from qwen2_jax.sharding.mesh import REPLICATED, TOKENS_SPEC, per_device, place
 
 
 class TrainState(NamedTuple):
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
 class Loss(Protocol):
     """What `make_step` minimises; see `train.losses`."""
 
+    def param_specs(self, mesh: Mesh | None) -> Any: ...
     def sums(self, params: dict, batch: Any, *, ax: Any) -> Any: ...
     def mean(self, sums: Any) -> jax.Array: ...
     def bends_in(self, batch: Any) -> Any: ...
@@ -35,26 +37,41 @@ class Loss(Protocol):
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
-    """The state before the first step, on every device of the mesh. The arrays of `params` are given up to it."""
-    params = place(params, mesh)
-    return TrainState(params, jax.jit(optimizer.init)(params), place(jnp.zeros((), jnp.int32), mesh))
+def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
+               specs: Any = None) -> TrainState:
+    """The state before the first step. The arrays of `params` are given up to it.
+
+    `specs`: with a mesh, where parameters lie on it: `loss.param_specs(mesh)`. They go there, and so does what the
+    optimizer keeps of each; parameters that are there already do not move.
+    """
+    if mesh is not None and specs is None:
+        raise ValueError("a state on a mesh needs the partition specs of its parameters: loss.param_specs(mesh)")
+    params = place(params, mesh, specs)
+    step = place(jnp.zeros((), jnp.int32), mesh)
+    where = None
+    if mesh is not None:
+        each = jax.tree.map(lambda p: p.sharding, params)
+        where = optax.tree.map_params(optimizer, lambda _, own: own, jax.eval_shape(optimizer.init, params), each,
+                                      transform_non_params=lambda _: step.sharding)
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=where)(params), step)
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, mesh: Mesh | None = None,
               micro_batches: int = 1) -> Step:
     """`step(state, batch) -> (state, metrics)`, jitted; the state given is donated.
 
-    `batch` is a tree of arrays [B, …], B a multiple of devices times `micro_batches`, which are computed one after the
-    other with the memory of one. Loss and gradient are those of the whole batch, up to rounding, whatever the split;
+    `batch` is a tree of arrays [B, T, …]: B a multiple of the mesh's batch axes times `micro_batches`, which are
+    computed one after the other with the memory of one; T a multiple of its context axis. The state's parameters lie as
+    `loss.param_specs` says. Loss and gradient are those of the whole batch, up to rounding, whatever the split;
     gradients are summed over devices once a micro-batch. A mixture-of-experts model with an auxiliary loss pays one
     more forward pass for it, because that loss multiplies two sums over the batch.
 
     Metrics are float32 scalars on device: `loss` (what is minimised), `grad_norm` (before clipping), `lr`, and the
     loss's own.
     """
-    global_sums = per_device(loss.sums, mesh, (REPLICATED, BATCH_SPEC), REPLICATED)
-    rows = micro_batches * (mesh.size if mesh is not None else 1)
+    ax = Axes.of(mesh)
+    global_sums = per_device(loss.sums, mesh, (loss.param_specs(mesh), TOKENS_SPEC), REPLICATED)
+    rows, context = micro_batches * ax.size(BATCH), ax.size(CONTEXT)
 
     def whole(params, batch):
         sums = global_sums(params, batch)
@@ -67,10 +84,12 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
         return _accumulate(loss, global_sums, params, batch, micro_batches)
 
     def step(state: TrainState, batch):
-        B = jax.tree.leaves(batch)[0].shape[0]
+        B, T = jax.tree.leaves(batch)[0].shape[:2]
         if B % rows:
-            raise UserError(f"a batch of {B} rows cannot be split over {rows} = devices x micro_batches; "
-                            "change the batch size or micro_batches")
+            raise UserError(f"a batch of {B} rows cannot be split over {rows} = batch axes x micro_batches; "
+                            "change the batch size, the mesh or micro_batches")
+        if T % context:
+            raise UserError(f"rows of {T} tokens cannot be split over context={context}")
         gradient, sums = gradients(state.params, batch)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import ModelConfig, MoeConfig, RopeConfig, WindowConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.model.cache import cache_slots, empty_cache
+from qwen2_jax.model.cache import cache_slots, cache_spec, empty_cache
 from qwen2_jax.model.decoder import Decoder, init_params
 from qwen2_jax.ops.experts import load_balancing_loss
 from qwen2_jax.ops.vocab import logits, target_logprobs
-from qwen2_jax.sharding.axes import BATCH
+from qwen2_jax.sharding.axes import BATCH, Axes
 from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, make_mesh, per_device
 
 SUM_ORDER = 2e-5
@@ -169,7 +168,7 @@ def test_generation_on_a_mesh(name, dtype):
 
     cache = empty_cache(cfg, 4, cache_slots(12), dtype, stacked=True)
     mesh = make_mesh("data=2")
-    mapped = per_device(run, mesh, (REPLICATED, BATCH_SPEC, BATCH_SPEC, P(None, *BATCH)), BATCH_SPEC)
+    mapped = per_device(run, mesh, (REPLICATED, BATCH_SPEC, BATCH_SPEC, cache_spec(cfg, Axes.of(mesh))), BATCH_SPEC)
     alone = jax.jit(per_device(run, None, None, None))(params, ids, prompts_B, cache)
     spread = jax.jit(mapped)(params, ids, prompts_B, cache)
     # In bfloat16 another order of sums may move a number to its neighbour, 2^-8 away, and that on through two layers.

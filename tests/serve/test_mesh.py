@@ -1,12 +1,18 @@
-"""Requests split over devices give what one device gives, to the last bit; other meshes are refused by name."""
+"""Requests split over devices give what one device gives, to the last bit; weights split over devices what float32
+leaves of it; other meshes are refused by name."""
 
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qwen2_jax
 from qwen2_jax.errors import UserError
+from qwen2_jax.model.decoder import param_specs
+from qwen2_jax.sharding.mesh import make_mesh
 from tests.serve.models import random_prompts
 
 
@@ -33,9 +39,38 @@ def test_samples_stop_strings_and_scores_on_a_mesh(load):
     assert many.loglikelihood(pairs) == one.loglikelihood(pairs)
 
 
+SUM_ORDER = 5e-5    # of the logits' deviation: what parity with transformers is held to, for the same reason
+
+
+@pytest.mark.parametrize("kind, mesh", [
+    ("dense", "fsdp=2,tensor=2"), ("dense", "tensor=8"), ("moe", "expert=2,fsdp=2,tensor=2"),
+    ("moe", "context=2,data=2"), ("window", "tensor=2,context=2"), ("yarn", "tensor=4"),
+])
+def test_weights_split_over_devices(load, kind, mesh):
+    """From a checkpoint: each device holds its pieces only, and prompts, samples and scores are those of one device."""
+    one, many = load(kind), load(kind, mesh=mesh)
+    specs = param_specs(many.cfg, make_mesh(mesh), stacked=False)
+    for leaf, spec in zip(jax.tree.leaves(many.params), jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)),
+                          strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(make_mesh(mesh), spec), leaf.ndim)
+    prompts = random_prompts(3, 40, 200, 90, 5, 9, 33)
+    expected = one.logits(prompts)
+    near = SUM_ORDER * float(np.concatenate(expected).std())
+    for a, b in zip(many.logits(prompts), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=near)
+    for settings in (dict(temperature=0), dict(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=4)):
+        for a, b in zip(many.generate(prompts, max_new_tokens=20, **settings),
+                        one.generate(prompts, max_new_tokens=20, **settings), strict=True):
+            assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=near)
+    pairs = [("import", " os"), ("a", "b"), ("for i", " in x")]
+    for a, b in zip(many.loglikelihood(pairs), one.loglikelihood(pairs), strict=True):
+        assert a == pytest.approx(b, abs=near)
+
+
 @pytest.mark.parametrize("mesh, message", [
-    ("tensor=2", "mesh axis 'tensor' in 'tensor=2' is not supported: data is"),
-    ("data=2,fsdp=2", "mesh axis 'fsdp'"),
+    ("model=2", "mesh axis 'model' in 'model=2' is not supported: data, fsdp, expert, context, tensor are"),
+    ("data=2,fsdp=2,data=1", "mesh axis 'data' appears twice"),
     ("data=16", "needs 16 devices, this machine has 8"),
     (4, "mesh must be a text like 'data=4', a jax.sharding.Mesh or None, found 4"),
 ])
@@ -47,8 +82,8 @@ def test_refused_by_name(checkpoint, mesh, message):
 
 def test_a_mesh_object(checkpoint, load):
     devices = jax.devices()[:2]
-    with pytest.raises(UserError, match="mesh axis 'tensor'"):
-        qwen2_jax.load(checkpoint("dense"), mesh=jax.make_mesh((2,), ("tensor",), devices=devices))
+    with pytest.raises(UserError, match="mesh axis 'model'"):
+        qwen2_jax.load(checkpoint("dense"), mesh=jax.make_mesh((2,), ("model",), devices=devices))
     lm = qwen2_jax.load(checkpoint("dense"), mesh=jax.make_mesh((2,), ("data",), devices=devices))
     prompts = random_prompts(3, 20, 9)
     assert lm.generate(prompts, max_new_tokens=5, temperature=0) == load("dense").generate(

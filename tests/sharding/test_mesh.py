@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.sharding.axes import BATCH, Axes
-from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, make_mesh, per_device, place
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, FSDP, TENSOR, Axes
+from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, TOKENS_SPEC, make_mesh, per_device, place, spread, torus
 
 
 def test_make_mesh():
@@ -18,8 +18,59 @@ def test_make_mesh():
     assert dict(mesh.shape) == {"data": 4} and make_mesh(mesh) is mesh
 
 
+@pytest.mark.parametrize("spec, shape", [
+    ("tensor=2,fsdp=2x2", {"fsdp_x": 2, "fsdp_y": 2, "tensor": 2}),     # in the one order, however it is written
+    ("context=2, expert=2 ,data=2", {"data": 2, "expert": 2, "context": 2}),
+    ("fsdp=8", {"fsdp_x": 8}),
+    ("fsdp=1x4", {"fsdp_y": 4}),
+    ("data=1,tensor=4", {"tensor": 4}),     # an axis of one device costs nothing: it is not there
+    ("data=1", {"data": 1}),
+])
+def test_axes_in_their_order(spec, shape):
+    mesh = make_mesh(spec)
+    assert list(mesh.shape.items()) == list(shape.items())
+    assert [d.id for d in mesh.devices.flat] == list(range(mesh.size))
+
+
+def test_a_mesh_of_the_callers():
+    """Axes of one device are left out, the others brought into order, each device keeping its place."""
+    devices = np.array(jax.devices()).reshape(2, 1, 4)
+    mesh = make_mesh(jax.sharding.Mesh(devices, ("tensor", "data", "fsdp_x")))
+    assert list(mesh.shape.items()) == [("fsdp_x", 4), ("tensor", 2)]
+    assert (mesh.devices == devices[:, 0].T).all()
+    with pytest.raises(UserError, match="mesh axis 'model'"):
+        make_mesh(jax.sharding.Mesh(devices, ("model", "data", "fsdp_x")))
+
+
+class Chip:
+    def __init__(self, *coords, core=0):
+        self.coords, self.core_on_chip = coords, core
+
+
+def test_the_torus_of_devices():
+    chips = [Chip(x, y, 0) for x in range(4) for y in range(2)]
+    assert torus(chips) == (4, 2)
+    assert torus([Chip(x, y, 0, core=c) for x in range(2) for y in range(2) for c in range(2)]) == (2, 2, 2)
+    assert torus(chips[:3]) == (3,)      # with gaps
+    assert torus(jax.devices()) == (8,) and torus(jax.devices()[:1]) == (1,)
+
+
+@pytest.mark.parametrize("size, dimensions, factors", [
+    (16, (4, 4), (4, 4)), (256, (16, 16), (16, 16)), (64, (4, 4, 4), (4, 4, 4)), (4, (4, 4), (4,)),
+    (16, (4, 4, 4), (4, 4)), (8, (4, 4), (2, 4)), (8, (8,), (8,)), (6, (4, 4), (6,)), (2, (2, 2, 2), (2,)),
+    (1, (4, 4), (1,)),
+])
+def test_fsdp_spread_over_a_torus(size, dimensions, factors):
+    assert spread(size, dimensions) == factors
+
+
 @pytest.mark.parametrize("spec, message", [
-    ("tensor=2", "mesh axis 'tensor' in 'tensor=2' is not supported"),
+    ("model=2", "mesh axis 'model' in 'model=2' is not supported: data, fsdp, expert, context, tensor are"),
+    ("fsdp_x=2", "mesh axis 'fsdp_x'"),
+    ("tensor=2x2", "mesh axis 'tensor' needs a positive whole number, found '2x2'"),
+    ("fsdp=2x", "found '2x'"),
+    ("fsdp=2x2x2x1", "at most 3 dimensions"),
+    ("fsdp=2x2,tensor=4", "needs 16 devices, this machine has 8"),
     ("data", "needs a positive whole number, found ''"),
     ("data=0", "needs a positive whole number, found '0'"),
     ("data=²", "needs a positive whole number, found '²'"),
@@ -36,21 +87,53 @@ def test_axes_are_nothing_on_one_device():
     ax = Axes.of(None)
     x = jnp.ones(3)
     assert ax.psum(x, BATCH) is x and ax.vary(x, BATCH) is x
-    assert ax.size("data") == 1 and ax.index("data") == 0 and ax.live(BATCH) == ()
+    assert ax.size(BATCH) == 1 and ax.index(BATCH) == 0 and ax.live(BATCH) == ()
+    for same in (ax.pmax(x, TENSOR), ax.gather(x, FSDP, 0), ax.gather_same(x, TENSOR, 0), ax.scatter(x, TENSOR, 0),
+                 ax.piece(x, CONTEXT, 0), ax.vary_like(x, x)):
+        assert same is x
 
 
 def test_collectives_on_a_mesh():
     mesh = make_mesh("data=4")
 
     def local(x, *, ax):
-        assert ax.size("data") == 4 and x.shape == (2,)
+        assert ax.size(BATCH) == 4 and x.shape == (2,)
         again = ax.vary(ax.vary(x, BATCH), BATCH)      # already this device's own: nothing to mark
-        return ax.psum(x.sum(), BATCH), again + jnp.float32(ax.index("data"))
+        return ax.psum(x.sum(), BATCH), again + jnp.float32(ax.index(BATCH))
 
     mapped = per_device(local, mesh, BATCH_SPEC, (REPLICATED, BATCH_SPEC))
     total, moved = mapped(place(jnp.arange(8.0), mesh, BATCH_SPEC))
     assert total == 28
     np.testing.assert_array_equal(moved, np.arange(8) + np.repeat(np.arange(4), 2))
+
+
+def test_pieces_and_gathers_undo_each_other():
+    """Over two axes of one group: the first is the major one, in the specs and in every collective."""
+    mesh = make_mesh("fsdp=2x2,tensor=2")
+    spec = jax.sharding.PartitionSpec(FSDP[:2])
+
+    def local(x, *, ax):
+        assert x.shape == (2,)
+        whole = ax.gather(x, FSDP, 0)
+        summed = ax.scatter(whole, FSDP, 0)      # each of four devices has the same whole
+        piece = ax.piece(ax.gather_same(x, FSDP, 0), FSDP, 0)
+        return piece, summed, ax.gather_same(x, FSDP, 0), jnp.full(2, ax.index(FSDP)), ax.pmax(x.max(), FSDP)
+
+    outs = (spec, spec, REPLICATED, spec, REPLICATED)
+    x = jnp.arange(8.0)
+    piece, summed, whole, index, top = per_device(local, mesh, spec, outs)(x)
+    np.testing.assert_array_equal(piece, x)
+    np.testing.assert_array_equal(summed, 4 * x)
+    np.testing.assert_array_equal(whole, x)
+    np.testing.assert_array_equal(index, np.repeat(np.arange(4), 2))
+    assert top == 7
+
+
+def test_specs_name_axes_that_a_mesh_has_not_got():
+    mesh = make_mesh("tensor=2")
+    x = place(np.arange(12.0).reshape(4, 3), mesh, TOKENS_SPEC)
+    assert x.sharding.is_fully_replicated
+    assert per_device(lambda x, ax: x * 2, mesh, TOKENS_SPEC, TOKENS_SPEC)(x).shape == (4, 3)
 
 
 def test_gradient_of_a_replicated_weight_is_the_sum_over_devices():

@@ -15,7 +15,7 @@ from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule
 from qwen2_jax.sharding.mesh import BATCH_SPEC, make_mesh, place
 from qwen2_jax.train.loop import Hook, fit
 from qwen2_jax.train.losses import NextTokenLoss
-from qwen2_jax.train.resume import SaveState, restore_state
+from qwen2_jax.train.resume import SaveState, restore_state, stored_state
 from qwen2_jax.train.step import init_state, make_step
 
 OPTIM = AdamWConfig(peak=1e-2, steps=8, warmup=2)
@@ -37,7 +37,7 @@ class Run:
         loss, optimizer = NextTokenLoss(model=cfg, stacked=stacked), make_optimizer(OPTIM)
         self.cfg, self.packed = cfg, packed
         self.state = init_state(jax.jit(lambda key: init_params(cfg, key, stacked=stacked))(jax.random.key(0)),
-                                optimizer, self.mesh)
+                                optimizer, self.mesh, loss.param_specs(self.mesh))
         self.step = make_step(loss, optimizer, schedule(OPTIM), mesh=self.mesh)
 
     def go(self, start, stop, *hooks):
@@ -96,6 +96,24 @@ def test_another_layout_and_mesh_go_on_with_it(dense, packed, tmp_path):
     again, expected = other.go(3, 6), first.go(3, 6)
     for step in expected:
         np.testing.assert_allclose(again[step], expected[step], rtol=1e-4)     # other order of sums, three updates
+
+
+@pytest.mark.parametrize("saved, restored", [("fsdp=2x2,tensor=2", "data=2,tensor=4"), ("tensor=2", "fsdp=8"),
+                                             ("fsdp=4", None)])
+def test_restored_on_another_mesh(dense, packed, tmp_path, saved, restored):
+    """The same bits, lying as the other mesh has them, whatever the layout."""
+    first = Run(dense, packed, stacked=True, mesh=saved)
+    store = Store(tmp_path / "run")
+    first.go(0, 1, save(dense, store, stop=1))
+    other = Run(dense, packed, stacked=False, mesh=restored)
+    placed = other.state
+    other.state, _ = restore_state(store, dense, placed)
+    store.close()
+    for leaf, like in zip(jax.tree.leaves(other.state), jax.tree.leaves(placed), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+    for found, expected in zip(jax.tree.leaves(stored_state(other.state, dense)),
+                               jax.tree.leaves(stored_state(first.state, dense)), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_another_model_is_refused(dense, packed, tmp_path):

@@ -27,7 +27,7 @@ def one_step(cfg, batch, *, mesh=None, micro_batches=1, **loss_options):
     loss = NextTokenLoss(model=cfg, **loss_options)
     optimizer = make_optimizer(OPTIM)
     mesh = make_mesh(mesh)
-    state = init_state(fresh_params(cfg, loss.stacked), optimizer, mesh)
+    state = init_state(fresh_params(cfg, loss.stacked), optimizer, mesh, loss.param_specs(mesh))
     step = make_step(loss, optimizer, schedule(OPTIM), mesh=mesh, micro_batches=micro_batches)
     state, metrics = step(state, place(batch, mesh, BATCH_SPEC))
     return state.params, {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,33 @@
+"""Loss, gradients, three optimizer steps and greedy text are those of one device, whatever the mesh.
+
+A covering set of the table that `make pod` runs: each axis alone, and axes in pairs.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.sameness import MESHES, MODELS, beyond, difference
+
+CASES = (
+    ("dense", "data=2"), ("dense untied", "fsdp=2x2x2"), ("dense untied", "tensor=4"), ("dense", "tensor=8"),
+    ("dense untied", "context=8"), ("dense", "fsdp=2x2,tensor=2"), ("dense", "context=4,tensor=2"),
+    ("dense untied", "data=2,context=2,tensor=2"),
+    ("moe", "expert=8"), ("moe untied", "fsdp=2,expert=2,tensor=2"), ("moe", "expert=2,context=2"),
+    ("moe untied", "tensor=8"),
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.optax]
+
+
+@pytest.mark.parametrize("model, mesh", CASES)
+def test_as_on_one_device(model, mesh):
+    assert beyond(difference(MODELS[model], mesh)) == []
+
+
+def test_the_set_covers_every_axis_and_is_part_of_the_table():
+    assert {mesh for _, mesh in CASES} <= set(MESHES) and len(set(MESHES)) >= 20
+    for family in ("dense", "moe"):
+        named = ",".join(mesh for model, mesh in CASES if model.startswith(family))
+        wanted = ("fsdp", "context", "tensor") + (("data",) if family == "dense" else ("expert",))
+        assert all(f"{axis}=" in named for axis in wanted)
