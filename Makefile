@@ -32,7 +32,7 @@ smoke:    ## the small set of tests on Python 3.12 and a newer JAX
 parity-big: dev    ## one-layer slices of the 72B and the 57B-A14B against transformers (16 GB of memory)
 	$(PY) -m tools.parity_big
 
-pod: dev    ## four models on 28 meshes of eight host devices against one device (half an hour)
+pod: dev    ## two families on 28 meshes of eight host devices against one device (20 minutes)
 	$(PY) -m tools.sameness
 
 bench: dev    ## Qwen2-0.5B at its true shape against transformers on this machine

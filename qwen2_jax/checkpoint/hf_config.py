@@ -54,7 +54,8 @@ def read_config(
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; a folder with a Hugging Face config.json is needed")
+        problem = "is no regular file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; a folder with a Hugging Face config.json is needed")
     return from_hf(read_object(path), ignore=ignore, where=str(path), rope_when=rope_when)
 
 
@@ -80,6 +81,7 @@ def from_hf(
         cfg = _read(Fields(implemented_fields(config, leftovers)), leftovers, rope_when)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    leftovers.notes += [f"{name} was to be ignored, but is not there" for name in leftovers.missed()]
     if leftovers.notes:
         log.warning("%s: %s", where, "; ".join(leftovers.notes))
     return cfg

@@ -20,6 +20,8 @@ def local_path(src: str | Path, *, revision: str | None = None) -> Path:
     A path that exists always wins. Raises UserError, saying what to do, when there is no such path and no such
     repository, when it is gated or private, or when the hub cannot be reached.
     """
+    if src == "":
+        raise UserError("the checkpoint's name is empty: a folder, a file or a hub repository is needed")
     path = Path(src).expanduser()
     if path.exists():
         if revision is not None:

@@ -73,6 +73,11 @@ class Leftovers:
     def __init__(self, ignore: Collection[str] = ()):
         self.ignore = ignore
         self.notes: list[str] = []
+        self._found: set[str] = set()
+
+    def missed(self) -> list[str]:
+        """Names to ignore that no object had: a misspelling, perhaps."""
+        return [name if name.isprintable() else shown(name) for name in sorted(set(self.ignore) - self._found)]
 
     def sort(self, fields: Fields, *, used: Collection[str], inert: Collection[str] = ()) -> None:
         """Deal with every field outside `used`. Those in `inert` are known, and have no effect beside the others.
@@ -85,6 +90,7 @@ class Leftovers:
             asked = name in self.ignore
             name = name if name.isprintable() else shown(name)
             if asked:
+                self._found.add(fields.prefix + key)
                 self.notes.append(f"{name} is ignored, as asked")
             elif key in inert:
                 if value is not None:

@@ -73,6 +73,8 @@ def _read(path: str) -> list[Any]:
         try:
             item = json.loads(line.decode(), parse_float=_finite, parse_constant=_finite)
             items.append(item if isinstance(item, dict) else UserError(f"line {number} is not a JSON object"))
+        except json.JSONDecodeError as error:
+            items.append(UserError(f"line {number} is not JSON: {error.msg} at column {error.colno}"))
         except (ValueError, RecursionError) as error:
             items.append(UserError(f"line {number} is not JSON: {error}"))
     if not items:

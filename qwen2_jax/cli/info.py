@@ -43,7 +43,7 @@ def find_model(name: str, *, ignore: list[str]) -> tuple[str, ModelConfig]:
     from qwen2_jax import presets
     from qwen2_jax.checkpoint.hf_config import read_config
 
-    if Path(name).exists():
+    if name and Path(name).exists():
         return name, read_config(name, ignore=ignore)
     published = presets.preset_name(name)
     if published is None:

@@ -15,7 +15,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                        help="checkpoint: a Hugging Face or Orbax folder, a .safetensors file, or a hub repository")
     group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="what to compute in (default: as config.json says)")
-    group.add_argument("--mesh", metavar="SPEC", help="axes of devices to use, like data=4 or fsdp=2x2,tensor=2 (default: one device)")
+    group.add_argument("--mesh", metavar="SPEC",
+                       help="axes of devices to use, like data=4 or fsdp=2x2,tensor=2 (default: one device)")
     group.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub repository")
     group.add_argument("--rope-when", choices=("always", "long"), default="always",
                        help="scale RoPE always, or only for requests beyond the original context (default: always)")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from qwen2_jax.checkpoint.load import load_params
 from qwen2_jax.checkpoint.source import open_checkpoint
-from qwen2_jax.config import ModelConfig
+from qwen2_jax.config import ModelConfig, RopeWhen
 from qwen2_jax.data.chat import Message, chat_token_ids
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.data.tokenizer_files import has_tokenizer
@@ -63,7 +63,7 @@ class Generation:
 
 
 def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None, revision: str | None = None,
-         ignore_fields: Sequence[str] = (), rope_when: Literal["always", "long"] = "always",
+         ignore_fields: Sequence[str] = (), rope_when: RopeWhen = "always",
          notify: Callable[[str], None] | None = None) -> LM:
     """Open a checkpoint for use: a Hugging Face folder, a `.safetensors` file, an Orbax checkpoint or a hub id.
 
@@ -81,6 +81,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
     """
     if not isinstance(path, str | Path):
         raise UserError(f"a checkpoint is a folder, a file or a hub id, found {path!r}")
+    if rope_when not in get_args(RopeWhen):
+        raise UserError(f"rope_when {rope_when!r} is not supported: {', '.join(get_args(RopeWhen))} are")
     checkpoint = open_checkpoint(path, revision=revision, ignore=ignore_fields)
     cfg = checkpoint.cfg
     if cfg.rope.kind != "default":

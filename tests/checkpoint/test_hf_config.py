@@ -312,8 +312,11 @@ def test_what_may_be_absent_takes_transformers_default():
         from_hf(least | {"use_sliding_window": True})
 
 
-def test_ignoring_a_field():
+def test_ignoring_a_field(caplog):
     assert from_hf(DENSE | {"layer_scale": 3}, ignore=["layer_scale"]) == from_hf(DENSE)
+    assert "was to be ignored" not in caplog.text
+    assert from_hf(DENSE, ignore=["layer_skale"]) == from_hf(DENSE)
+    assert "layer_skale was to be ignored, but is not there" in caplog.text
     assert from_hf(DENSE | {"use_mrope": True}, ignore=["use_mrope"]) == from_hf(DENSE)
     assert from_hf(DENSE | {"auto_map": {"AutoModel": "x.Y"}}, ignore=["auto_map"]) == from_hf(DENSE)
     nested = {"dual_chunk_attention_config": CHUNK | {"sparse": 1}}

@@ -72,6 +72,11 @@ def test_a_path_that_does_not_exist(src, monkeypatch):
         hub.local_path(src)
 
 
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(UserError, match="the checkpoint's name is empty"):
+        hub.local_path("")
+
+
 def test_a_local_path_wins_and_takes_no_revision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/name").mkdir(parents=True)

@@ -105,7 +105,8 @@ def test_a_file_in_and_a_file_out(generate, tmp_path, model):
 
 
 BAD = [
-    ({"prompt": ""}, "is empty"), (b"{", "line 3 is not JSON"), (b"[1]", "line 4 is not a JSON object"),
+    ({"prompt": ""}, "is empty"), (b"{", "line 3 is not JSON: Expecting property name enclosed in double"),
+    (b"[1]", "line 4 is not a JSON object"),
     ({"id": 1}, "needs either `prompt` or `messages`"), ({"prompt": "a", "messages": []}, "needs either"),
     ({"prompt": 5}, "`prompt` must be text, found int"), ({"messages": []}, "messages is empty"),
     ({"messages": [{"role": "user"}]}, "message 0: content must be a text"),

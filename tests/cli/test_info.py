@@ -120,3 +120,7 @@ def test_refusals(folder, capsys):
         run(str(folder))
     assert run(str(folder), "--ignore-field", "novelty") == 0
     assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="/dev/null is no regular file"):
+        run("/dev/null")
+    with pytest.raises(UserError, match="'' is neither a folder nor a published model"):
+        run("")

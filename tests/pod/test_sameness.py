@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tools.sameness import CASES as table
 from tools.sameness import MESHES, MODELS, beyond, difference
 
 CASES = (
@@ -27,6 +28,7 @@ def test_as_on_one_device(model, mesh):
 
 def test_the_set_covers_every_axis_and_is_part_of_the_table():
     assert {mesh for _, mesh in CASES} <= set(MESHES) and len(set(MESHES)) >= 20
+    assert len(set(table)) == 2 * len(MESHES) and {model for model, _ in table} == set(MODELS)
     for family in ("dense", "moe"):
         named = ",".join(mesh for model, mesh in CASES if model.startswith(family))
         wanted = ("fsdp", "context", "tensor") + (("data",) if family == "dense" else ("expert",))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2_jax.errors import UserError
 from tests.serve.models import STOP_IDS, model, random_prompts
 
 pytestmark = pytest.mark.parity
@@ -91,6 +92,8 @@ def test_yarn_when_long(load):
     assert long[0] == plain[0] and long[1] == plain[1] and long[2] == always[2]
     assert always[1] != plain[1] and always[2] != plain[2]
     assert load("yarn", rope_when="long").limits.context == 512
+    with pytest.raises(UserError, match="rope_when 'never' is not supported: always, long are"):
+        load("dense", rope_when="never")
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
