@@ -10,12 +10,13 @@ import argparse
 import dataclasses
 import functools
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DEVICES = "--xla_force_host_platform_device_count=8"
-if "jax" not in sys.modules:    # read when JAX starts
+if "jax" not in sys.modules and "QWEN2_JAX_PROCESS" not in os.environ:    # read when JAX starts
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 
@@ -23,12 +24,14 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
 
 from qwen2_jax.config import ModelConfig, MoeConfig, RopeConfig  # noqa: E402
 from qwen2_jax.data.packing import PackedBatch  # noqa: E402
 from qwen2_jax.model.decoder import init_params  # noqa: E402
 from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule  # noqa: E402
 from qwen2_jax.serve.lm import LM  # noqa: E402
+from qwen2_jax.sharding import distributed  # noqa: E402
 from qwen2_jax.sharding.mesh import TOKENS_SPEC, make_mesh, place  # noqa: E402
 from qwen2_jax.train.losses import NextTokenLoss  # noqa: E402
 from qwen2_jax.train.step import init_state, make_step  # noqa: E402
@@ -95,24 +98,32 @@ def batch() -> PackedBatch:
 
 
 def outcome(model: ModelConfig, spec: str | None) -> Outcome:
-    """What training and generation give on a mesh; None is one device."""
+    """What training and generation give on a mesh; None is one device. Several processes only train."""
     mesh = make_mesh(spec)
     loss = NextTokenLoss(model=model, remat="full")
     optimizer = optax.chain(keep_gradient(), make_optimizer(OPTIM))
     state = init_state(init_params(model, jax.random.key(0), mesh=mesh), optimizer, mesh, loss.param_specs(mesh))
-    initial = jax.tree.map(np.asarray, state.params)
+    initial = whole(state.params)
     step = make_step(loss, optimizer, schedule(OPTIM), mesh=mesh)
     rows, losses, gradient = place(batch(), mesh, TOKENS_SPEC), [], None
     for n in range(STEPS):
         state, metrics = step(state, rows)
         losses.append(float(metrics["loss"]))
         if n == 0:
-            gradient = jax.tree.map(np.asarray, state.optimizer[0])
+            gradient = whole(state.optimizer[0])
+    if jax.process_count() > 1:
+        return Outcome(initial, losses, gradient, whole(state.params), [], [])
     lm = LM(init_params(model, jax.random.key(0), mesh=mesh, stacked=False), model, mesh=mesh, stacked=False)
     prompts = [batch().ids_BT[0, :n].tolist() for n in (3, 32, 17, 9, 24)]
     written = lm.generate(prompts, max_new_tokens=NEW, temperature=0)
-    return Outcome(initial, losses, gradient, jax.tree.map(np.asarray, state.params),
+    return Outcome(initial, losses, gradient, whole(state.params),
                    [g.token_ids for g in written], [g.logprobs for g in written])
+
+
+def whole(tree: Any) -> Any:
+    """Arrays of all processes' devices as numpy."""
+    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.tree.map(
+        np.asarray, tree)
 
 
 def keep_gradient() -> optax.GradientTransformation:
@@ -128,14 +139,16 @@ def on_one_device(model: ModelConfig) -> Outcome:
     return outcome(model, None)
 
 
-def difference(model: ModelConfig, spec: str) -> Difference:
-    """A mesh against one device."""
-    one, many = on_one_device(model), outcome(model, spec)
+def difference(model: ModelConfig, spec: str, many: Outcome | None = None) -> Difference:
+    """A mesh, or the outcome that several processes had on it, against one device."""
+    one, many = on_one_device(model), many or outcome(model, spec)
+    if not many.tokens:
+        one = one._replace(tokens=[], logprobs=[])
 
     def largest(a: Any, b: Any, relative: bool = False) -> float:
         scale = (lambda x: np.abs(x).max()) if relative else (lambda x: 1)
-        return max(float(np.abs(x - y).max() / scale(x))
-                   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+        return max((float(np.abs(x - y).max() / scale(x))
+                    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)), default=0.0)
 
     return Difference(
         loss=largest(one.losses, many.losses),
@@ -157,7 +170,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mesh", action="append", help="one mesh, and no report (may be repeated)")
     parser.add_argument("--model", action="append", choices=MODELS, help="with --mesh; default: all (may be repeated)")
+    parser.add_argument("--save", type=Path, help="with one mesh and one model: keep what several processes find there")
     args = parser.parse_args()
+    if args.save:
+        distributed.start()
+        found = outcome(MODELS[args.model[0]], args.mesh[0])
+        if jax.process_index() == 0:
+            args.save.write_bytes(pickle.dumps(tuple(found)))
+        return
     lines, failed = [], 0
     chosen = [(name, spec) for name in args.model or MODELS for spec in args.mesh] if args.mesh else CASES
     for name, spec in chosen:

@@ -1,0 +1,102 @@
+"""Processes find one another, or say who is missing."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from qwen2_jax.errors import UserError
+from qwen2_jax.sharding.distributed import COORDINATOR, PROCESS, PROCESSES, start
+from qwen2_jax.sharding.roll_call import roll_call
+from tools.launch_local import free_port
+
+
+def call_all(*who, seconds=10.0, address=None):
+    """What each (process, processes) says: None, or the error's text."""
+    address = address or f"127.0.0.1:{free_port()}"
+    said = [None] * len(who)
+
+    def one(i, process, processes):
+        try:
+            roll_call(address, processes, process, seconds=seconds)
+        except UserError as e:
+            said[i] = str(e)
+
+    threads = [threading.Thread(target=one, args=(i, *w)) for i, w in enumerate(who)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return said
+
+
+def test_all_are_there_in_any_order():
+    assert call_all((2, 3), (0, 3), (1, 3)) == [None] * 3
+    assert call_all((0, 1)) == [None]
+
+
+def test_the_absent_are_named_to_all_who_came():
+    began = time.monotonic()
+    said = call_all((0, 4), (2, 4), seconds=1.0)
+    assert time.monotonic() - began < 8
+    assert len(set(said)) == 1
+    assert "2 of 4 processes did not come within 1 seconds: number 1, 3. There are 0 on" in said[0]
+
+
+def test_process_zero_is_absent():
+    [said] = call_all((1, 2), seconds=0.5)
+    assert said.startswith("process 1: process 0 at 127.0.0.1:") and "did not answer within" in said
+
+
+def test_two_of_one_number_and_other_counts():
+    said = call_all((0, 3), (1, 3), (1, 3))
+    assert all("two processes have the number 1" in text for text in said)
+    said = call_all((0, 2), (1, 3))
+    assert said[0] == said[1] and "counts 3 processes, process 0 counts 2" in said[0]
+
+
+def test_strangers_are_passed_over():
+    port = free_port()
+    def knock():
+        for message in (b"GET / HTTP/1.0\r\n\r\n", b'{"process": "x"}', b"[]", b""):
+            for _ in range(50):
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=1) as stranger:
+                        stranger.sendall(message)
+                    break
+                except OSError:
+                    time.sleep(0.02)
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    late = threading.Timer(0.5, lambda: call_all((1, 2), address=f"127.0.0.1:{port}"))
+    late.start()
+    assert call_all((0, 2), address=f"127.0.0.1:{port}") == [None]
+    stranger.join()
+
+
+@pytest.mark.parametrize("address, process, message", [
+    ("localhost", 0, "must be host:port, found 'localhost'"), ("a:99999", 0, "must be host:port"),
+    ("localhost:80", 2, "process number 2 must lie between 0 and 1"),
+    ("no-such-host.invalid:9", 1, "cannot find process 0's host no-such-host.invalid"),
+])
+def test_what_is_refused(address, process, message):
+    with pytest.raises(UserError, match=message):
+        roll_call(address, 2, process, seconds=0.5)
+
+
+def test_a_port_in_use():
+    with socket.create_server(("", 0)) as taken:
+        with pytest.raises(UserError, match=r"cannot listen on port .* is another run using it"):
+            roll_call(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, seconds=0.5)
+
+
+def test_start():
+    start({})   # one process: nothing to do
+    with pytest.raises(UserError, match=f"{PROCESS} must be set beside {COORDINATOR} and {PROCESSES}"):
+        start({COORDINATOR: "a:1", PROCESSES: "2"})
+    with pytest.raises(UserError, match=f"{PROCESSES} must be a whole number, found 'two'"):
+        start({COORDINATOR: "a:1", PROCESSES: "two", PROCESS: "0"})
