@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -10,6 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = "--xla_force_host_platform_device_count=8"
+
+# Ctrl-C as in a terminal, here and in the processes that tests start, also where a shell started the tests in the
+# background, and so with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when JAX starts, hence set before its import.
 os.environ["JAX_PLATFORMS"] = "cpu"

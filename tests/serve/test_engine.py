@@ -69,15 +69,7 @@ def test_a_long_cache_gets_fewer_slots(checkpoint, monkeypatch):
         lm.generate([p], max_new_tokens=4, temperature=0)[0].token_ids for p in prompts]
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C as in a terminal, also where the tests were started with it ignored, as shells start background jobs."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_interruption_ends_it_between_stretches_and_the_model_goes_on(load, ctrl_c):
+def test_an_interruption_ends_it_between_stretches_and_the_model_goes_on(load):
     lm = load("dense")
     prompts = random_prompts(*[5] * 3)
     expected = lm.generate(prompts, max_new_tokens=40, temperature=0)
