@@ -85,7 +85,7 @@ def test_answers_stream(chat, lm, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--temperature", "nan"], "temperature must be"), (["--mesh", "tensor=2"], "mesh axis 'tensor'"),
+    (["--temperature", "nan"], "temperature must be"), (["--mesh", "model=2"], "mesh axis 'model'"),
     (["--max-new-tokens", "2000"], "2000 new ones"),
 ])
 def test_users_errors(chat, argv, message):
