@@ -38,15 +38,13 @@ def launch(command: list[str], processes: int, devices: int) -> int:
         failed = first_failure(children)
     except KeyboardInterrupt:
         print("launch_local: stopping all processes", file=sys.stderr)
-        failed = -1
+        return 130
     finally:
         stop(children)
         for reader in readers:
             reader.join(timeout=GRACE)
     if failed is None:
         return 0
-    if failed < 0:
-        return 130
     status = children[failed].returncode
     how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
     print(f"launch_local: process {failed} {how}; the others were stopped", file=sys.stderr)

@@ -26,7 +26,10 @@ class Context(NamedTuple):
     sin_BTh: jax.Array
     slots_BT: jax.Array
     """A token's index in its row, int32."""
+    key_slots_BS: jax.Array
+    """Those of all the row's tokens, whose keys attention sees."""
     segments_BT: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
     start: jax.Array | None = None
 
 
@@ -62,12 +65,9 @@ class Attention(nn.Module):
         k_BTKH = apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
         sliding = dict(windowed=windowed, window=cfg.window.size or 0)
         if cache is None:
-            def of_row(x_BT):
-                return None if x_BT is None else ax.gather(x_BT, split.tokens, 1)
-
-            out_BTNH = attend(q_BTNH, of_row(k_BTKH), of_row(v_BTKH), slots_BT=context.slots_BT,
-                              key_slots_BS=of_row(context.slots_BT), segments_BT=context.segments_BT,
-                              key_segments_BS=of_row(context.segments_BT), **sliding)
+            out_BTNH = attend(q_BTNH, split.of_row(k_BTKH), split.of_row(v_BTKH), slots_BT=context.slots_BT,
+                              key_slots_BS=context.key_slots_BS, segments_BT=context.segments_BT,
+                              key_segments_BS=context.key_segments_BS, **sliding)
         else:
             cache = {"k": write(cache["k"], layer, k_BTKH, context.start),
                      "v": write(cache["v"], layer, v_BTKH, context.start)}

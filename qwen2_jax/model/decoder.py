@@ -136,11 +136,8 @@ class Decoder(nn.Module):
         if cache is None and long_B is None and cfg.rope.when == "long":
             last_B = ax.pmax(jnp.where(counts_BT, positions_BT, 0).max(1), CONTEXT)
             long_B = last_B >= jnp.int32(cfg.rope.original_max_position)
-        attends = Split.of(cfg, ax, "heads").inside
-        cos_BTh, sin_BTh = rope_tables(attends(positions_BT), cfg.rope, cfg.head_dim, long_B)
-        context = Context(cos_BTh, sin_BTh, attends(slots_BT),
-                          None if segments_BT is None else attends(segments_BT), start)
-        counts_Bt = ax.piece(counts_BT, [a for a in ax.tokens if a in TENSOR], 1)
+        context = self._context(Split.of(cfg, ax, "heads"), positions_BT, slots_BT, segments_BT, long_B, start)
+        counts_Bt = Split(ax).inside(counts_BT)
 
         vocab = Split.of(cfg, ax, "vocab")
         table_VD = Embed(*common, name="embed")()
@@ -161,6 +158,17 @@ class Decoder(nn.Module):
         return DecoderOutput(x_BtD, head, vocab, new_cache if cache is not None else None,
                              None if router is None else ax.psum(router, ax.tokens),
                              jnp.concatenate(hidden) if self.collect else None)
+
+    def _context(self, split: Split, positions_BT, slots_BT, segments_BT, long_B, start) -> Context:
+        """What attention needs of the tokens inside of its `split`; slots and segments of keys are gathered here, once
+        for all layers."""
+        cos_BTh, sin_BTh = rope_tables(split.inside(positions_BT), self.cfg.rope, self.cfg.head_dim, long_B)
+        slots_BT = split.inside(slots_BT)
+        context = Context(cos_BTh, sin_BTh, slots_BT, split.of_row(slots_BT), start=start)
+        if segments_BT is None:
+            return context
+        segments_BT = split.inside(segments_BT)
+        return context._replace(segments_BT=segments_BT, key_segments_BS=split.of_row(segments_BT))
 
     def _axes(self, ids_BT, cache) -> Axes:
         """The mesh with what splits a row's tokens: nothing while a cache is filled; else context, which the caller has
@@ -205,15 +213,20 @@ def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True, mesh:
 def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True) -> dict:
     """The partition spec of each parameter on the mesh, a tree like the parameters (`sharding/rules.py`)."""
     rules = Rules.of(cfg, Axes.of(mesh))
-    declared = jax.eval_shape(lambda: Decoder(cfg, stacked=stacked).init(jax.random.key(0),
-                                                                        jnp.zeros((1, 1), jnp.int32))["params"])
+    # A stack is traced as one layer, which spares seconds at start; a layer lies as its stack does.
+    declared = jax.eval_shape(lambda: Decoder(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
     def spec(leaf: Any) -> P:
         if leaf.names[0] == "layers":
             return P(None, *rules.spec(leaf.names[1:], leaf.value.shape[1:]))
         return rules.spec(leaf.names, leaf.value.shape)
 
-    return jax.tree.map(spec, declared, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    specs: dict = jax.tree.map(spec, declared, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    if stacked:
+        return specs
+    runs = cfg.layer_runs()
+    others = {name: specs[name] for name in specs.keys() - {run.name for run in runs}}
+    return others | {f"layers_{i}": specs[run.name] for run in runs for i in run.layers}
 
 
 def abstract_params(cfg: ModelConfig, *, stacked: bool = True) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,9 +67,14 @@ def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> 
     if len(sizes.get("fsdp", ())) == 1:
         sizes["fsdp"] = spread(sizes["fsdp"][0], torus(devices[:need]))
     named = dict(zip(FSDP, sizes.pop("fsdp", ()), strict=False)) | {name: size for name, (size,) in sizes.items()}
-    live = {name: named[name] for name in MESH_AXES if named.get(name, 1) > 1} or {"data": 1}
+    live = _live(named)
     grid = mesh_utils.create_device_mesh(tuple(live.values()), devices[:need], allow_split_physical_axes=True)
     return Mesh(grid, tuple(live), axis_types=(AxisType.Auto,) * len(live))
+
+
+def _live(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The axes of more than one device, in their order; one of a single device where there are none."""
+    return {name: sizes[name] for name in MESH_AXES if sizes.get(name, 1) > 1} or {"data": 1}
 
 
 def torus(devices: Sequence[Any]) -> tuple[int, ...]:
@@ -98,7 +103,7 @@ def _known(mesh: Mesh) -> Mesh:
     for name in mesh.axis_names:
         if name not in MESH_AXES:
             raise UserError(f"mesh axis '{name}' in '{dict(mesh.shape)}' is not supported: {', '.join(MESH_AXES)} are")
-    live = {name: mesh.shape[name] for name in MESH_AXES if mesh.shape.get(name, 1) > 1} or {"data": 1}
+    live = _live(mesh.shape)
     if tuple(live) == mesh.axis_names:
         return mesh
     order = [mesh.axis_names.index(name) for name in MESH_AXES if name in mesh.axis_names]

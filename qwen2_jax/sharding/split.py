@@ -53,6 +53,10 @@ class Split:
         """
         return self.ax.piece(x_BT, self._rest, 1)
 
+    def of_row(self, x_BT):
+        """What belongs to all tokens of the row, [B, S, …], of what belongs to those inside."""
+        return self.ax.gather(x_BT, self.tokens, 1)
+
     def joined(self, x_Bt):
         """The other way: the context's piece [B, T, …], one value for all of tensor's devices."""
         return self.ax.gather_same(x_Bt, self._rest, 1)

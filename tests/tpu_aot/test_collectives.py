@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 
 import jax
@@ -19,6 +18,7 @@ from qwen2_jax.presets import PRESETS
 from qwen2_jax.sharding.mesh import REPLICATED, TOKENS_SPEC, make_mesh, shardings
 from qwen2_jax.train.losses import NextTokenLoss
 from qwen2_jax.train.step import TrainState, make_step
+from tests.tpu_aot.topologies import tpu_devices
 
 pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
 pytestmark = [pytest.mark.usefixtures("no_compilation_cache"), pytest.mark.slow, pytest.mark.optax]
@@ -66,10 +66,7 @@ def ledger(hlo: str) -> list[tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def devices():
-    from jax.experimental import topologies
-
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    return tpu_devices("v5e:4x4")
 
 
 def test_gradients_travel_as_reduce_scatters(devices):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from qwen2_jax.model.cache import empty_cache
 from qwen2_jax.model.decoder import Decoder, abstract_params
 from qwen2_jax.ops.vocab import logits, target_logprobs
 from qwen2_jax.presets import PRESETS
+from tests.tpu_aot.topologies import tpu_devices
 
 pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
 pytestmark = pytest.mark.usefixtures("no_compilation_cache")    # no TPU program can be read back without a TPU
@@ -31,10 +31,7 @@ SMALL_MOE = dataclasses.replace(PRESETS["Qwen2-57B-A14B"], layers=1, vocab=2048,
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def on_tpu(request):
     """A function that makes abstract arrays on one device of the topology."""
-    from jax.experimental import topologies
-
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices
+    devices = tpu_devices(request.param)
     sharding = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), PartitionSpec())
     def abstract(tree):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
