@@ -17,8 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
-from qwen2_jax.sharding.distributed import COORDINATOR, PROCESS, PROCESSES
+from qwen2_jax.sharding.roll_call import COORDINATOR, PROCESS, PROCESSES
 
 GRACE = 5.0
 """Seconds between asking the others to end and ending them."""
@@ -30,14 +31,26 @@ def launch(command: list[str], processes: int, devices: int) -> int:
     children: list[subprocess.Popen] = []
     for number in range(processes):
         children.append(start(command, number, processes, devices, address))
+    return watch(children, "launch_local: process")
+
+
+def watch(children: list[subprocess.Popen], who: str, stop_all: Callable[[], None] = lambda: None) -> int:
+    """Pass on what the children print until all are done, or one fails and the others are stopped.
+
+    `who`: what a child is called in messages, in front of its number. `stop_all`: called before the children are
+    stopped, when not all of them ended well. Exit status as in `launch`.
+    """
     readers = [threading.Thread(target=pass_on, args=(number, child), daemon=True)
                for number, child in enumerate(children)]
     for reader in readers:
         reader.start()
     try:
         failed = first_failure(children)
+        if failed is not None:
+            stop_all()
     except KeyboardInterrupt:
-        print("launch_local: stopping all processes", file=sys.stderr)
+        print(f"{who.partition(':')[0]}: stopping all", file=sys.stderr)
+        stop_all()
         return 130
     finally:
         stop(children)
@@ -47,7 +60,7 @@ def launch(command: list[str], processes: int, devices: int) -> int:
         return 0
     status = children[failed].returncode
     how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
-    print(f"launch_local: process {failed} {how}; the others were stopped", file=sys.stderr)
+    print(f"{who} {failed} {how}; the others were stopped", file=sys.stderr)
     return status if status > 0 else 128 - status
 
 
@@ -68,8 +81,9 @@ def start(command: list[str], number: int, processes: int, devices: int, address
 
 def pass_on(number: int, child: subprocess.Popen) -> None:
     assert child.stdout is not None
-    for line in child.stdout:
-        print(f"[{number}] {line}", end="", flush=True)
+    with child.stdout as lines:
+        for line in lines:
+            print(f"[{number}] {line}", end="", flush=True)
 
 
 def first_failure(children: list[subprocess.Popen]) -> int | None:

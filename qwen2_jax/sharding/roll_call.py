@@ -14,6 +14,8 @@ import time
 
 from qwen2_jax.errors import UserError
 
+COORDINATOR, PROCESSES, PROCESS = "QWEN2_JAX_COORDINATOR", "QWEN2_JAX_PROCESSES", "QWEN2_JAX_PROCESS"
+"""The variables that tell a process of the others; here, so that launchers need no JAX."""
 SECONDS = 60.0
 LINE = 4096
 """Most bytes of a message."""
