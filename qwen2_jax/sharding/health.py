@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.sharding.axes import MESH_AXES, Axes
-from qwen2_jax.sharding.mesh import per_device, torus
+from qwen2_jax.sharding.mesh import per_device, slice_of, torus
 
 EVERY_AXIS = P(MESH_AXES)
 MODULUS = 251
@@ -41,8 +41,8 @@ class RoundTrip(NamedTuple):
 def device_facts() -> dict[str, Any]:
     """This process's devices and what is known of all. Starts JAX; raises what JAX raises."""
     everyone = jax.devices()
-    slices = {getattr(d, "slice_index", 0) or 0 for d in everyone}
-    first = [d for d in everyone if (getattr(d, "slice_index", 0) or 0) == min(slices)]
+    slices = {slice_of(d) for d in everyone}
+    first = [d for d in everyone if slice_of(d) == min(slices)]
     return {
         "backend": jax.default_backend(), "device_kind": everyone[0].device_kind, "devices": len(everyone),
         "processes": jax.process_count(), "slices": len(slices), "torus": list(torus(first)),
@@ -114,7 +114,7 @@ def _timed(fn, x, repeats: int) -> tuple[jax.Array, float]:
 
 def _crosses_slices(mesh: Mesh, name: str) -> bool:
     lines = np.moveaxis(mesh.devices, mesh.axis_names.index(name), 0).reshape(mesh.shape[name], -1)
-    return any(len({getattr(d, "slice_index", 0) or 0 for d in line}) > 1 for line in lines.T)
+    return any(len({slice_of(d) for d in line}) > 1 for line in lines.T)
 
 
 def default_mesh(devices: int, slices: int) -> str:

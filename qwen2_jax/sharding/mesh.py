@@ -49,7 +49,10 @@ def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> 
     the dimensions of the devices' torus; `fsdp=2x2` says how. None or "" → None: one device, no mesh. A `Mesh` is
     checked and, where it has axes of one device, returned without them.
 
-    Raises UserError for an axis that is unknown, repeated or not a positive number, or for more devices than there are.
+    Where the devices are of several TPU slices, the outer part of `data` goes over these, and nothing else does.
+
+    Raises UserError for an axis that is unknown, repeated or not a positive number, for more devices than there are, or
+    for a mesh of which more than `data` would cross slices.
     """
     if spec is None:
         return None
@@ -64,12 +67,33 @@ def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> 
     need = math.prod(itertools.chain.from_iterable(sizes.values()))
     if need > len(devices):
         raise UserError(f"mesh '{spec}' needs {need} devices, this machine has {len(devices)}")
+    slices = _slices(devices[:need], sizes.get("data", (1,))[0], spec)
     if len(sizes.get("fsdp", ())) == 1:
-        sizes["fsdp"] = spread(sizes["fsdp"][0], torus(devices[:need]))
+        sizes["fsdp"] = spread(sizes["fsdp"][0], torus(slices[0]))
     named = dict(zip(FSDP, sizes.pop("fsdp", ()), strict=False)) | {name: size for name, (size,) in sizes.items()}
     live = _live(named)
-    grid = mesh_utils.create_device_mesh(tuple(live.values()), devices[:need], allow_split_physical_axes=True)
+    outer, *inner = live.values()
+    grid = np.concatenate([mesh_utils.create_device_mesh((outer // len(slices), *inner), part,
+                                                         allow_split_physical_axes=True) for part in slices])
     return Mesh(grid, tuple(live), axis_types=(AxisType.Auto,) * len(live))
+
+
+def _slices(devices: Sequence[Any], data: int, spec: str) -> list[list[Any]]:
+    """Devices by the TPU slice they belong to, whose links are many times faster than the network between slices."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(slice_of(device), []).append(device)
+    counts = [len(part) for part in slices.values()]
+    if data % len(counts) or len(set(counts)) > 1:
+        raise UserError(f"mesh '{spec}' lies on {len(counts)} slices, of which it takes "
+                        f"{' and '.join(map(str, counts))} devices: data must be a multiple of {len(counts)}, for only "
+                        "data goes across slices")
+    return list(slices.values())
+
+
+def slice_of(device: Any) -> int:
+    """The TPU slice of a device; other platforms count their hosts so, which are not as far from one another."""
+    return getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else 0
 
 
 def _live(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -38,6 +38,8 @@ def test_a_bad_link_is_seen(monkeypatch):
 
 def test_slices():
     class Device:
+        platform = "tpu"
+
         def __init__(self, number):
             self.slice_index = number
 

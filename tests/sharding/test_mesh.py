@@ -64,6 +64,29 @@ def test_fsdp_spread_over_a_torus(size, dimensions, factors):
     assert spread(size, dimensions) == factors
 
 
+class SliceChip(Chip):
+    """Of a slice of 2x2 chips."""
+    platform, device_kind, process_index = "tpu", "a chip", 0
+
+    def __init__(self, number):
+        super().__init__(number % 4 // 2, number % 2, 0)
+        self.id, self.slice_index = number, number // 4
+
+
+def test_only_data_goes_across_slices():
+    chips = [SliceChip(n) for n in range(8)]
+    for spec, shape in (("data=2,fsdp=4", {"data": 2, "fsdp_x": 2, "fsdp_y": 2}), ("data=8", {"data": 8}),
+                        ("tensor=2,data=4", {"data": 4, "tensor": 2})):
+        mesh = make_mesh(spec, chips)
+        assert dict(mesh.shape) == shape
+        by_slice = mesh.devices.reshape(2, 4)
+        assert [{d.slice_index for d in row} for row in by_slice] == [{0}, {1}]
+    assert {d.slice_index for d in make_mesh("fsdp=2,tensor=2", chips).devices.flat} == {0}
+    for spec, taken in (("fsdp=8", "4 and 4"), ("tensor=2,fsdp=4", "4 and 4"), ("data=3,tensor=2", "4 and 2")):
+        with pytest.raises(UserError, match=f"lies on 2 slices, of which it takes {taken} devices: data must be a mul"):
+            make_mesh(spec, chips)
+
+
 @pytest.mark.parametrize("spec, message", [
     ("model=2", "mesh axis 'model' in 'model=2' is not supported: data, fsdp, expert, context, tensor are"),
     ("fsdp_x=2", "mesh axis 'fsdp_x'"),
