@@ -7,8 +7,9 @@ Sources. Peak and HBM bandwidth: Google Cloud's page of each generation, v2's ba
 "How to Scale Your Model" (Google DeepMind 2025, chapter "TPUs"), one way; v2 from Jouppi et al. 2020, "A
 Domain-Specific Supercomputer for Training Deep Neural Networks" (496 Gbit/s); tpu7x from its page, 1200 GB/s both ways
 over six links, and six times a link between the two halves of a chip; between the cores of v2 and v3, for which no
-figure is published, their HBM's. Usable HBM: what libtpu 0.0.42 says when a program does not fit. Clock: the rate at which `estimated_cycles`
-of libtpu 0.0.42 reproduce peak; calibrated means that a dense layer's products then come to 95 to 98 % of it.
+figure is published, their HBM's. Usable HBM: what libtpu 0.0.42 says when a program does not fit. Clock: the rate at
+which `estimated_cycles` of libtpu 0.0.42 reproduce peak; calibrated means that a dense layer's products then come to
+95 to 98 % of it.
 """
 
 from __future__ import annotations

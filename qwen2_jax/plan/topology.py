@@ -29,6 +29,12 @@ SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 """Generation → chips along each dimension of the slices that Google Cloud offers, smallest first."""
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "ironwood": "tpu7x", "v7x": "tpu7x"}
+WITHOUT_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
+    # Any will do: otherwise libtpu looks for the machine's own, and complains on stderr of what it does not find.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Environment in which libtpu compiles on a machine without a TPU."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
     """
     if libtpu_version() is None:
         raise UserError('compiling for TPUs needs libtpu, which is not installed: pip install "qwen2_jax[tpu]"')
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
+    for name, value in WITHOUT_A_TPU.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

@@ -1,0 +1,98 @@
+"""Compiling for a topology: the program's memory and text, or why it does not fit."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An allocation on one device, and what it is for."""
+
+    bytes: int
+    shape: str
+    scope: str
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """What the compiler says of it, in bytes of one device."""
+
+    used_bytes: int
+    hbm_bytes: int
+    buffers: list[Buffer] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    text: str
+    seconds: float
+    """That compiling took."""
+
+
+def compile_for_tpu(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Compiled | OutOfMemory:
+    """Compiles a program lowered for a TPU, with options beside its own. That it needs too much memory is an answer;
+    any other failure is raised."""
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=dict(options))
+    except Exception as error:      # the type depends on the plug-in
+        found = out_of_memory(str(error))
+        if found is None:
+            raise
+        return found
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
+                    _text(lowered, compiled, options), seconds)
+
+
+def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled, options: Mapping[str, Any]) -> str:
+    """The optimised program. Some versions of libtpu make programs that JAX cannot print; XLA's dump can."""
+    try:
+        text = compiled.as_text()
+    except Exception:
+        text = None
+    if text:
+        return text
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile(compiler_options={**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (dumped,) = Path(folder).glob("*jit*after_optimizations.txt")
+        return dumped.read_text(encoding="utf-8")
+
+
+def out_of_memory(message: str) -> OutOfMemory | None:
+    """What the compiler's message says; None where it is about something else."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message) or re.search(
+        r"temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message)
+    if found is None:
+        return None
+    buffers = []
+    for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        shape = re.search(r"Shape: (\w+\[[\d,]*\])", part)
+        scope = re.search(r'op_name="([^"]*)"', part)
+        size = re.match(r"[\d.]+\w?", part)
+        if size:
+            buffers.append(Buffer(_bytes(size[0]), shape[1] if shape else "", scope[1] if scope else ""))
+    return OutOfMemory(_bytes(found[1]), _bytes(found[2]), buffers)
+
+
+def _bytes(text: str) -> int:
+    """`15.75G` in bytes."""
+    number, unit = re.fullmatch(r"([\d.]+)([BKMGT]?)", text).groups()       # pyright: ignore
+    return round(float(number) * UNITS[unit])
