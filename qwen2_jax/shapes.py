@@ -25,6 +25,16 @@ class ParamCount:
     active_non_embedding: int
 
 
+MATRICES = frozenset({"table", "q", "k", "v", "o", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"})
+"""Names of the parameters that weight-only quantization takes: embedding and vocabulary head, attention, feed-forward,
+experts. Not biases, norms, routers and reward heads: they are small, and much hangs on them."""
+
+
+def is_quantized(path: str) -> bool:
+    """Whether quantization takes the parameter at this path (its last part is enough)."""
+    return path.rpartition("/")[2] in MATRICES
+
+
 def param_shapes(cfg: ModelConfig, *, stacked: bool = True) -> dict[str, tuple[int, ...]]:
     """Path → global shape of every parameter, in the order of the forward pass.
 

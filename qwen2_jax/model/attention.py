@@ -10,10 +10,12 @@ import jax
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.cache import write
 from qwen2_jax.model.params import normal, weight, zeros
+from qwen2_jax.ops import flash
 from qwen2_jax.ops.attention import attend, attend_cache
 from qwen2_jax.ops.dot import linear
 from qwen2_jax.ops.rope import apply_rope
 from qwen2_jax.sharding.axes import TENSOR, Axes
+from qwen2_jax.sharding.order import RowOrder
 from qwen2_jax.sharding.rules import Rules
 from qwen2_jax.sharding.split import Split
 
@@ -65,9 +67,13 @@ class Attention(nn.Module):
         k_BTKH = apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
         sliding = dict(windowed=windowed, window=cfg.window.size or 0)
         if cache is None:
-            out_BTNH = attend(q_BTNH, split.of_row(k_BTKH), split.of_row(v_BTKH), slots_BT=context.slots_BT,
-                              key_slots_BS=context.key_slots_BS, segments_BT=context.segments_BT,
-                              key_segments_BS=context.key_segments_BS, **sliding)
+            segments = dict(segments_BT=context.segments_BT, key_segments_BS=context.key_segments_BS)
+            rows = (q_BTNH, split.of_row(k_BTKH), split.of_row(v_BTKH))
+            if flash.suits(ax, q_BTNH.dtype, T):
+                out_BTNH = flash.flash_attend(*rows, order=RowOrder.of(ax, split.tokens), ax=ax, **segments, **sliding)
+            else:
+                out_BTNH = attend(*rows, slots_BT=context.slots_BT, key_slots_BS=context.key_slots_BS, **segments,
+                                  **sliding)
         else:
             cache = {"k": write(cache["k"], layer, k_BTKH, context.start),
                      "v": write(cache["v"], layer, v_BTKH, context.start)}
@@ -82,4 +88,5 @@ class Attention(nn.Module):
         if copies == 1:
             return w
         H = self.cfg.head_dim
-        return jax.lax.dynamic_slice_in_dim(self.ax.vary(w, TENSOR), self.ax.index(TENSOR) // copies * H, H)
+        start = self.ax.index(TENSOR) // copies * H
+        return jax.tree.map(lambda piece: jax.lax.dynamic_slice_in_dim(piece, start, H), self.ax.vary(w, TENSOR))

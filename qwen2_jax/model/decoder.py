@@ -17,21 +17,27 @@ from jax.sharding import PartitionSpec as P
 from qwen2_jax.config import LayerRun, ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.attention import Attention, Context
-from qwen2_jax.model.heads import Head
+from qwen2_jax.model.heads import Head, table, vocab_split
 from qwen2_jax.model.mlp import Mlp
 from qwen2_jax.model.moe import Moe
-from qwen2_jax.model.params import normal, ones, unstack, weight
+from qwen2_jax.model.params import ones, unstack, weight
 from qwen2_jax.ops.dot import PRODUCT
+from qwen2_jax.ops.exchange import ExpertExchange
 from qwen2_jax.ops.experts import RouterStats
+from qwen2_jax.ops.flash import ATTENDED
 from qwen2_jax.ops.norm import rms_norm
+from qwen2_jax.ops.quant import Quant, quantize, quantized_specs
 from qwen2_jax.ops.rope import rope_tables
 from qwen2_jax.ops.vocab import embed
 from qwen2_jax.sharding.axes import BATCH, CONTEXT, TENSOR, Axes
 from qwen2_jax.sharding.mesh import shardings
+from qwen2_jax.sharding.order import row_slots
 from qwen2_jax.sharding.rules import Rules
 from qwen2_jax.sharding.split import Split
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots"]
+KEPT = {"attention": (ATTENDED,), "dots": (ATTENDED, PRODUCT)}
+"""Names that each remat policy keeps beside the blocks' inputs."""
 
 
 class DecoderOutput(NamedTuple):
@@ -65,6 +71,7 @@ class Block(nn.Module):
     train: bool
     sparse: bool
     collect: bool
+    expert_exchange: ExpertExchange
 
     @nn.compact
     def __call__(self, carry, context: Context, counts_BT, layer_inputs):
@@ -78,7 +85,7 @@ class Block(nn.Module):
         with jax.named_scope("moe" if self.sparse else "mlp"):
             h_BTD = Norm(*common, name="mlp_norm")(x_BTD)
             if self.sparse:
-                y_BTD, stats = Moe(*common, self.train, name="moe")(h_BTD, counts_BT)
+                y_BTD, stats = Moe(*common, self.train, self.expert_exchange, name="moe")(h_BTD, counts_BT)
                 router = jax.tree.map(jnp.add, router, stats)
             else:
                 y_BTD = Mlp(*common, name="mlp")(h_BTD)
@@ -93,14 +100,15 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return weight(self, "table", (self.cfg.vocab, self.cfg.d_model), ("vocab", "embed"), normal(self.cfg.init_std))
+        return table(self)
 
 
 class Decoder(nn.Module):
     """A Qwen2 decoder on one device's rows. Field `stacked` must match the parameter tree (`ModelConfig.layer_runs`).
 
     `train=False` lets the platform choose expert products that need no gradient. `remat`: `none`; `full` keeps only
-    the blocks' inputs; `dots` keeps products with weights as well, but not attention's, which grow with T squared.
+    the blocks' inputs; `attention` also what a kernel for it leaves (`ops/flash.py`; nothing where the reference runs);
+    `dots` products with weights as well, but not scores, which grow with T squared.
     """
 
     cfg: ModelConfig
@@ -110,6 +118,7 @@ class Decoder(nn.Module):
     train: bool = True
     remat: Remat = "none"
     collect: bool = False
+    expert_exchange: ExpertExchange = "auto"
 
     @nn.compact
     def __call__(self, ids_BT, *, positions_BT=None, segments_BT=None, cache: dict | None = None, start: Any = None,
@@ -117,7 +126,8 @@ class Decoder(nn.Module):
         """Hidden states of int32 tokens [B, T].
 
         Whole rows: `segments_BT` (0 is padding) and `positions_BT` (restarting at each segment) describe packed or
-        padded rows; without them a row is one segment from position 0. With a cache: tokens go to slots and positions
+        padded rows; without them a row is one segment from position 0. Where context splits a row, tokens lie as
+        `ax.balanced` says. With a cache: tokens go to slots and positions
         start … start+T-1 of their row, `start` an int32 scalar or, for T = 1, [B].
 
         `long_B` bool [B], for `rope_when` "long": whole rows find it out themselves (a row is long when one of its
@@ -126,10 +136,9 @@ class Decoder(nn.Module):
         cfg, ax = self.cfg, self._axes(ids_BT, cache)
         common = (cfg, ax, self.dtype)
         B, T = ids_BT.shape
-        if cache is None:
-            start = ax.index(CONTEXT) * T
-        slots_BT = jnp.broadcast_to(jnp.asarray(start, jnp.int32).reshape(-1, 1) + jnp.arange(T, dtype=jnp.int32)[None],
-                                    (B, T))
+        slots_T = row_slots(ax, T) if cache is None else jnp.arange(T, dtype=jnp.int32)
+        first = 0 if cache is None else start
+        slots_BT = jnp.broadcast_to(jnp.asarray(first, jnp.int32).reshape(-1, 1) + slots_T[None], (B, T))
         if positions_BT is None or cache is not None:
             positions_BT = slots_BT
         counts_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
@@ -139,9 +148,9 @@ class Decoder(nn.Module):
         context = self._context(Split.of(cfg, ax, "heads"), positions_BT, slots_BT, segments_BT, long_B, start)
         counts_Bt = Split(ax).inside(counts_BT)
 
-        vocab = Split.of(cfg, ax, "vocab")
+        vocab = vocab_split(cfg, ax)
         table_VD = Embed(*common, name="embed")()
-        x_BtD = embed(ids_BT, table_VD, vocab)
+        x_BtD = embed(ids_BT, table_VD, vocab, dtype=self.dtype)
         router = None
         if cfg.moe is not None:
             zero_E = jnp.zeros((cfg.moe.experts,), jnp.float32)
@@ -184,13 +193,14 @@ class Decoder(nn.Module):
         if self.remat not in get_args(Remat):
             raise UserError(f"remat '{self.remat}' is not supported: {', '.join(get_args(Remat))} are")
         if self.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT.get(self.remat, ()))
             # Outside a real loop the compiler would merge the recomputation with the first computation.
             block = nn.remat(Block, prevent_cse=run.length == 1, policy=policy)
         in_axes: Any = (nn.broadcast, nn.broadcast, 0)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=run.length,
                           in_axes=in_axes, metadata_params={nn.PARTITION_NAME: "layers"})
-        return scanned(self.cfg, ax, self.dtype, self.train, run.sparse, self.collect, name=run.name)
+        return scanned(self.cfg, ax, self.dtype, self.train, run.sparse, self.collect, self.expert_exchange,
+                       name=run.name)
 
     def _layer_inputs(self, run: LayerRun):
         windowed = self.cfg.windowed_layers()
@@ -210,8 +220,9 @@ def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True, mesh:
     return jax.jit(init, out_shardings=shardings(param_specs(cfg, mesh, stacked=stacked), mesh))(key)
 
 
-def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True) -> dict:
-    """The partition spec of each parameter on the mesh, a tree like the parameters (`sharding/rules.py`)."""
+def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True, quant: Quant = None) -> dict:
+    """The partition spec of each parameter on the mesh, a tree like the parameters (`sharding/rules.py`); with `quant`
+    a tree like `ops.quant.quantize` makes."""
     rules = Rules.of(cfg, Axes.of(mesh))
     # A stack is traced as one layer, which spares seconds at start; a layer lies as its stack does.
     declared = jax.eval_shape(lambda: Decoder(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
@@ -222,6 +233,7 @@ def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True) ->
         return rules.spec(leaf.names, leaf.value.shape)
 
     specs: dict = jax.tree.map(spec, declared, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    specs = quantized_specs(specs) if quant else specs
     if stacked:
         return specs
     runs = cfg.layer_runs()
@@ -229,6 +241,10 @@ def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True) ->
     return others | {f"layers_{i}": specs[run.name] for run in runs for i in run.layers}
 
 
-def abstract_params(cfg: ModelConfig, *, stacked: bool = True) -> dict:
-    """`init_params` as ShapeDtypeStructs: shapes and dtypes, no memory."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), stacked=stacked))
+def abstract_params(cfg: ModelConfig, *, stacked: bool = True, quant: Quant = None) -> dict:
+    """`init_params`, with `quant` quantized, as ShapeDtypeStructs: shapes and dtypes, no memory."""
+    def init():
+        params = init_params(cfg, jax.random.key(0), stacked=stacked)
+        return quantize(params) if quant else params
+
+    return jax.eval_shape(init)

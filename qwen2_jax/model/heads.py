@@ -11,7 +11,22 @@ import jax.numpy as jnp
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.params import normal, weight, zeros
 from qwen2_jax.ops.dot import linear, matmul
-from qwen2_jax.sharding.axes import Axes
+from qwen2_jax.sharding.axes import FSDP, Axes
+from qwen2_jax.sharding.rules import Rules
+from qwen2_jax.sharding.split import Split
+
+
+def table(module: Any):
+    """The module's parameter "table" [vocab, D]: this device's rows, for `ops.vocab`."""
+    cfg = module.cfg
+    spread = vocab_split(cfg, module.ax).spread
+    return weight(module, "table", (cfg.vocab, cfg.d_model), ("vocab", "embed"), normal(cfg.init_std), spread)
+
+
+def vocab_split(cfg: ModelConfig, ax: Axes) -> Split:
+    """How the rows of a table [vocab, D] lie on the mesh."""
+    rows, _ = Rules.of(cfg, ax).placement(("vocab", "embed"), (cfg.vocab, cfg.d_model))
+    return Split(ax, tuple(n for n in rows if n not in FSDP), tuple(n for n in rows if n in FSDP))
 
 
 class Head(nn.Module):
@@ -25,7 +40,7 @@ class Head(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         cfg, D, init = self.cfg, self.cfg.d_model, normal(self.cfg.init_std)
         if cfg.head == "lm":
-            return {"table": weight(self, "table", (cfg.vocab, D), ("vocab", "embed"), init)}
+            return {"table": table(self)}
         if cfg.head == "score":
             return {"weight": weight(self, "weight", (cfg.labels, D), ("label", "embed"), init)}
         return {"dense1": weight(self, "dense1", (D, D), ("hidden", "embed"), init),

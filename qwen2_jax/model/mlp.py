@@ -6,18 +6,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.params import normal, weight
-from qwen2_jax.ops.dot import linear, matmul
+from qwen2_jax.ops.dot import linear
 from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.split import Split
 
 
 def swiglu(x_xD, gate_FD, up_FD, down_DF):
-    """down(silu(gate x) * up x); the product of the two branches is taken in float32 and rounded once."""
-    h_xF = jax.nn.silu(matmul(x_xD, gate_FD)) * matmul(x_xD, up_FD)
-    return linear(h_xF.astype(x_xD.dtype), down_DF)
+    """down(silu(gate x) * up x); the product of the two branches is taken in float32."""
+    gate_xF, up_xF = (linear(x_xD, w_FD).astype(jnp.float32) for w_FD in (gate_FD, up_FD))
+    return linear((jax.nn.silu(gate_xF) * up_xF).astype(x_xD.dtype), down_DF)
 
 
 class Mlp(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from qwen2_jax.ops.experts import (
     route,
     router_stats,
 )
+from qwen2_jax.ops.exchange import ExpertExchange, exchanged
 from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.rules import Rules
 from qwen2_jax.sharding.split import Split
@@ -31,6 +33,7 @@ class Moe(nn.Module):
     ax: Axes
     dtype: Any
     train: bool
+    exchange: ExpertExchange = "gather"
 
     @nn.compact
     def __call__(self, x_BtD, counts_Bt) -> tuple[jax.Array, RouterStats]:
@@ -65,15 +68,28 @@ class Moe(nn.Module):
         """What the experts make of this device's tokens, float32 [B, t, D]; `w` are this device's experts."""
         ax, rules = self.ax, Rules.of(self.cfg, self.ax)
         split, over = Split.of(self.cfg, ax, "expert_ffn"), rules.split_over("expert")
-        x_bTD, weight_bTk, expert_bTk = (ax.gather(split.enter(a), over, 0) for a in (x_BtD, weight_Btk, expert_Btk))
-        b, T, D = x_bTD.shape
-        k, here = weight_bTk.shape[-1], w.gate_EFD.shape[0]
+        rows = tuple(split.enter(a) for a in (x_BtD, weight_Btk, expert_Btk))
+        experts = partial(self._experts, w=w, share=1 / ax.size(over))
+        here = w.gate_EFD.shape[0]
+        if over and self._exchanges(rows[0].shape[1]):
+            y_BTD = exchanged(experts, here, *map(_flat, rows), ax).reshape(rows[0].shape)
+            return split.leave(y_BTD)
+        x_bTD, weight_bTk, expert_bTk = (ax.gather(a, over, 0) for a in rows)
         # Another device's experts get the number behind the last of our own.
         expert_bTk = expert_bTk - ax.index(over) * here
         expert_bTk = jnp.where((expert_bTk >= 0) & (expert_bTk < here), expert_bTk, here) if over else expert_bTk
-        rows = x_bTD.reshape(-1, D), weight_bTk.reshape(-1, k), expert_bTk.reshape(-1, k)
+        y_bTD = experts(*map(_flat, (x_bTD, weight_bTk, expert_bTk))).reshape(x_bTD.shape)
+        return split.leave(ax.scatter(y_bTD, over, 0))
+
+    def _experts(self, *rows, w: ExpertWeights, share: float):
+        grouped = partial(grouped_experts, ax=self.ax, share=share)
         if self.train:
-            y_RD = grouped_experts(*rows, w)
-        else:
-            y_RD = lax.platform_dependent(*rows, w, cpu=blocked_experts, default=grouped_experts)
-        return split.leave(ax.scatter(y_RD.reshape(b, T, D), over, 0))
+            return grouped(*rows, w)
+        return lax.platform_dependent(*rows, w, cpu=blocked_experts, default=grouped)
+
+    def _exchanges(self, tokens: int) -> bool:
+        return self.exchange == "all_to_all"
+
+
+def _flat(a_BTx):
+    return a_BTx.reshape(-1, a_BTx.shape[-1])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.ops.quant import Int8
 from qwen2_jax.sharding.axes import BATCH, FSDP, Axes
 from qwen2_jax.sharding.rules import Rules
 
@@ -21,21 +22,29 @@ def normal(std: float) -> Callable:
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
-def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
+def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable,
+           spread: tuple[str, ...] = ()):
     """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype: its piece
-    along the axes that stay split (`sharding/rules.py`), gathered over fsdp.
+    along the axes that stay split (`sharding/rules.py`), gathered over fsdp but for the axes `spread`.
 
     `module` is a Linen module with fields `cfg`, `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded
-    in another dtype is used as it is, and cast here.
+    in another dtype is used as it is, and cast here. Of a quantized tree, a matrix is seen as the `Int8` that it is.
     """
     ax: Axes = module.ax
     rules = Rules.of(module.cfg, ax)
     stored: Any = module.param(name, nn.with_partitioning(init, axes), rules.local_shape(axes, shape), jnp.float32)
+    placement = rules.placement(axes, shape)
+
+    def view(piece):
+        w = ax.vary(piece, BATCH + ax.tokens)
+        for dim in range(w.ndim):       # a scale [out] lies as its matrix [out, in] does
+            w = ax.gather(w, [n for n in placement[dim] if n in FSDP and n not in spread], dim)
+        return w
+
+    if isinstance(stored, Int8):
+        return jax.tree.map(view, stored)
     # Cast first: half the bytes travel, and the gradient's sum over devices happens once, here.
-    w = ax.vary(stored.astype(module.dtype), BATCH + ax.tokens)
-    for dim, names in enumerate(rules.placement(axes, shape)):
-        w = ax.gather(w, [n for n in names if n in FSDP], dim)
-    return w
+    return view(stored.astype(module.dtype))
 
 
 def stack(params: dict, cfg: ModelConfig) -> dict:

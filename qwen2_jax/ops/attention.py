@@ -9,6 +9,8 @@ sliding window compare slots, which inside one segment differ exactly as positio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,16 +31,17 @@ _BATCHED_PV = (((3,), (2,)), ((0, 1), (0, 1)))
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments_BT=None, key_segments_BS: Any = None,
-           windowed=None, window: int = 0, chunk: int = QUERY_CHUNK):
+           windowed=None, window: int = 0, chunk: int = QUERY_CHUNK, product: Callable | None = None):
     """Causal attention over whole rows → [B, T, N, H] in q's dtype.
 
     Queries may be some of a row's tokens and keys all of them: `slots_BT` and `key_slots_BS` int32 (default: the tokens
     of a row in order) say which is where. `segments_BT`, `key_segments_BS` int: tokens see their own segment only.
     `windowed` bool scalar (may be traced): when true, a token sees the last `window` tokens, itself included. Queries
     are taken `chunk` at a time and recomputed in the backward pass, so memory grows with T, not with T squared.
+    `product(some queries [B, t, N, H], bool [B, t, S])` may put a kernel in the place of scores, softmax and sum.
     """
     B, T, N, H = q_BTNH.shape
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    product = partial(_product, k_BSKH, v_BSKH) if product is None else product
     slots_BT = jnp.arange(T, dtype=jnp.int32)[None] if slots_BT is None else slots_BT
     key_slots_BS = slots_BT if key_slots_BS is None else key_slots_BS
     key_segments_BS = segments_BT if key_segments_BS is None else key_segments_BS
@@ -47,9 +50,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments
         mask_BtS = _visible(slot_Bt, key_slots_BS, windowed, window)
         if segments_BT is not None:
             mask_BtS = mask_BtS & (segment_Bt[:, :, None] == key_segments_BS[:, None, :])
-        scores = _scores(q_BtNH, k_BKSH, mask_BtS)
-        p = jax.nn.softmax(scores, axis=-1)
-        return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), N).astype(q_BtNH.dtype)
+        return product(q_BtNH, mask_BtS)
 
     segments = segments_BT if segments_BT is not None else slots_BT
     if T <= chunk:
@@ -61,6 +62,12 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments
                        for x in (slots_BT, segments))
     out = lax.map(lambda x: jax.checkpoint(piece)(*x), (q, slots, segments))
     return out.swapaxes(0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
+
+
+def _product(k_BSKH, v_BSKH, q_BtNH, mask_BtS):
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    p = jax.nn.softmax(_scores(q_BtNH, k_BKSH, mask_BtS), axis=-1)
+    return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), q_BtNH.shape[2]).astype(q_BtNH.dtype)
 
 
 def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int = 0, ax: Axes = ONE_DEVICE):

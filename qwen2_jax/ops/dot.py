@@ -4,6 +4,9 @@ XLA for CPU reaches its fast bfloat16 kernels only when the product comes out in
 more; accelerators accumulate in float32 anyway. So each product here is bfloat16 x bfloat16 → float32, then rounded
 once. The backward pass is written out because the automatic one multiplies a float32 cotangent with a bfloat16 weight,
 which no platform does fast.
+
+A weight may be an `Int8`: its whole numbers are cast to x's dtype on their way into the product, whose columns are then
+scaled. It is a constant: gradients go to x alone.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+from qwen2_jax.ops.quant import Int8
 
 PRODUCT = "product"
 """Name of every product with a weight, for a remat policy to keep."""
@@ -41,15 +46,34 @@ def _matmul_forward(x_RD, w_OD):
 
 def _matmul_backward(saved, g_RO):
     x_RD, w_OD = saved
-    g_RO = g_RO.astype(x_RD.dtype)
+    # Written out once: XLA for TPU otherwise computes what made it anew inside of both products, at half their speed.
+    g_RO = lax.optimization_barrier(g_RO.astype(x_RD.dtype))
     return _dot(g_RO, w_OD, _OUT_OUT).astype(x_RD.dtype), _dot(g_RO, x_RD, _ROWS_ROWS).astype(w_OD.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def _matmul_int8(x_RD, w_OD: Int8):
+    return _dot(x_RD, w_OD.values.astype(x_RD.dtype), _OUT_IN) * w_OD.scale[None]
+
+
+def _matmul_int8_forward(x_RD, w_OD: Int8):
+    return _matmul_int8(x_RD, w_OD), (w_OD, jnp.zeros(0, x_RD.dtype))
+
+
+def _matmul_int8_backward(saved, g_RO):
+    w_OD, like_x = saved
+    g_RO = (g_RO * w_OD.scale[None]).astype(like_x.dtype)
+    return _dot(g_RO, w_OD.values.astype(like_x.dtype), _OUT_OUT).astype(like_x.dtype), None
+
+
+_matmul_int8.defvjp(_matmul_int8_forward, _matmul_int8_backward)
+
+
 def matmul(x_xD, w_OD):
-    """`x @ w.T` in float32. x `[..., D]` and w `[O, D]` of one dtype; gradients come back in that dtype."""
+    """`x @ w.T` in float32. x `[..., D]` and w `[O, D]` of one dtype, in which gradients come back; or w an `Int8`."""
     return checkpoint_name(_product(x_xD, w_OD), PRODUCT)
 
 
@@ -73,5 +97,6 @@ def _product(x_xD, w_OD):
     if rows == 1:
         x_RD = jnp.concatenate([x_RD, x_RD])
     if outputs < NARROWEST:
-        w_OD = jnp.pad(w_OD, ((0, NARROWEST - outputs), (0, 0)))
-    return _matmul(x_RD, w_OD)[:rows, :outputs].reshape(*x_xD.shape[:-1], outputs)
+        w_OD = jax.tree.map(lambda w: jnp.pad(w, ((0, NARROWEST - outputs), *((0, 0),) * (w.ndim - 1))), w_OD)
+    product = _matmul_int8 if isinstance(w_OD, Int8) else _matmul
+    return product(x_RD, w_OD)[:rows, :outputs].reshape(*x_xD.shape[:-1], outputs)

@@ -6,24 +6,31 @@ C = R k of them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from qwen2_jax.ops.bits import kept_in_loop
-from qwen2_jax.ops.dot import PRODUCT, matmul
+from qwen2_jax.ops.dot import matmul
+from qwen2_jax.ops.grouped import Copies, collect, in_rounds, of_choices, sorted_copies, spread
+from qwen2_jax.ops.grouped_matmul import How, grouped_matmul
+from qwen2_jax.ops.quant import Int8
+from qwen2_jax.sharding.axes import ONE_DEVICE, Axes
 
+HEADROOM, TILE, SMALLEST_ROUND = 1.25, 512, 4096
+"""Copies that one round takes: this many times those of a balanced router, in whole tiles of the kernel; below the
+last, products are bound by reading their weights, and a second round would read them again."""
 ROW_BLOCK = 16
 """Rows that one product takes in `blocked_experts`: fixed, so that a row's result does not depend on its company."""
 
 
 class ExpertWeights(NamedTuple):
-    gate_EFD: jax.Array
-    up_EFD: jax.Array
-    down_EDF: jax.Array
+    gate_EFD: jax.Array | Int8
+    up_EFD: jax.Array | Int8
+    down_EDF: jax.Array | Int8
 
 
 class RouterStats(NamedTuple):
@@ -66,19 +73,30 @@ def load_balancing_loss(stats: RouterStats):
     return stats.assigned_E.shape[0] * jnp.sum(stats.assigned_E / rows * (stats.probability_E / rows))
 
 
-def grouped_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
-    """Sum over choices of weight * SwiGLU expert, float32 [R, D], by `lax.ragged_dot`: differentiable, dropless.
+def grouped_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights, *, ax: Axes = ONE_DEVICE, share: float = 1.0):
+    """Sum over choices of weight * SwiGLU expert, float32 [R, D], by grouped products: differentiable, dropless.
 
-    A choice numbered E is of an expert that is not here, and adds nothing.
+    A choice numbered E or more is of an expert that is not here, and adds nothing. `share` is the part of the choices
+    that a balanced router sends here: memory is that of a little more, whatever the router does, which then takes time.
+    `ax` tells what varies, and the kind of device.
     """
-    order_C, expert_C, token_C = _sorted_copies(expert_Rk)
-    E = w.gate_EFD.shape[0]
-    sizes_E = jnp.bincount(expert_C, length=E + 1)[:E].astype(jnp.int32)
-    x_CD = x_RD[token_C]
-    h_CF = jax.nn.silu(_ragged(x_CD, w.gate_EFD, sizes_E)) * _ragged(x_CD, w.up_EFD, sizes_E)
-    y_CD = _ragged(h_CF.astype(x_RD.dtype), w.down_EDF, sizes_E)
-    # What `ragged_dot` leaves in rows of no group is not said to be zero.
-    return _combine(jnp.where((expert_C < E)[:, None], y_CD, 0), order_C, weight_Rk)
+    copies = sorted_copies(expert_Rk, w.gate_EFD.shape[0])
+    experts = partial(_experts, How.of(ax, x_RD.dtype))
+    return in_rounds(experts, round_size(expert_Rk.size, share), copies, x_RD, weight_Rk, w)
+
+
+def round_size(copies: int, share: float) -> int:
+    """Copies of a round."""
+    balanced = -(-int(copies * share * HEADROOM) // TILE) * TILE
+    return min(copies, max(balanced, SMALLEST_ROUND))
+
+
+def _experts(how: How, copies: Copies, x_RD, weight_Rk, w: ExpertWeights):
+    x_CD, sizes_E = spread(x_RD, copies), copies.sizes_E
+    gate_CF, up_CF = (grouped_matmul(x_CD, m, sizes_E, how).astype(jnp.float32) for m in (w.gate_EFD, w.up_EFD))
+    # Weighted before the last product, whose result the backward pass then does not need.
+    h_CF = jax.nn.silu(gate_CF) * up_CF * of_choices(weight_Rk, copies)[:, None]
+    return collect(grouped_matmul(h_CF.astype(x_RD.dtype), w.down_EDF, sizes_E, how), copies)
 
 
 def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
@@ -104,7 +122,7 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
         e = jnp.searchsorted(last_block_E, i, side="right")
         rows = lax.dynamic_slice_in_dim(x_SD, i * ROW_BLOCK, ROW_BLOCK)
         experts, e = kept_in_loop(w, e) if x_RD.dtype == jnp.bfloat16 else (w, e)
-        gate, up, down = (lax.dynamic_index_in_dim(m, e, keepdims=False) for m in experts)
+        gate, up, down = jax.tree.map(lambda m: lax.dynamic_index_in_dim(m, e, keepdims=False), experts)
         h = (jax.nn.silu(matmul(rows, gate)) * matmul(rows, up)).astype(x_RD.dtype)
         return lax.dynamic_update_slice_in_dim(y_SD, matmul(h, down), i * ROW_BLOCK, 0)
 
@@ -124,10 +142,3 @@ def _combine(y_CD, order_C, weight_Rk):
     R, k = weight_Rk.shape
     y_CD = jnp.zeros_like(y_CD).at[order_C].set(y_CD)
     return jnp.sum(y_CD.reshape(R, k, -1) * weight_Rk[..., None], axis=1)
-
-
-def _ragged(x_CD, w_EOD, sizes_E):
-    """Rows of each group times its own matrix, float32 [C, O]."""
-    precision = lax.Precision.HIGHEST if x_CD.dtype == jnp.float32 else None
-    y_CO = lax.ragged_dot(x_CD, w_EOD.swapaxes(1, 2), sizes_E, precision=precision, preferred_element_type=jnp.float32)
-    return checkpoint_name(y_CO, PRODUCT)

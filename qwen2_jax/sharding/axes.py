@@ -13,8 +13,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 FSDP = ("fsdp_x", "fsdp_y", "fsdp_z")
@@ -43,14 +45,25 @@ class Axes:
 
     sizes: tuple[tuple[str, int], ...] = ()
     tokens: tuple[str, ...] = ()
+    balanced: bool = False
+    """Whether those along `context` are in balanced order (sharding/order.py)."""
+    chip: str = ""
+    """The kind of device, as JAX names it, for the choice of kernels; "" where any device must do."""
 
     @classmethod
-    def of(cls, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> Axes:
-        return cls() if mesh is None else cls(tuple(mesh.shape.items()))
+    def of(cls, mesh: jax.sharding.Mesh | None) -> Axes:
+        """Without a mesh: the default device."""
+        if mesh is None:
+            return cls(chip=jax.devices()[0].device_kind)
+        return cls(tuple(mesh.shape.items()), chip=mesh.devices.flat[0].device_kind)
 
     def splitting(self, tokens: Sequence[str]) -> Axes:
         """The same mesh, with the tokens of a row split over those of `tokens` that it has."""
         return dataclasses.replace(self, tokens=self.live(tokens))
+
+    def in_balance(self) -> Axes:
+        """The same mesh, with the tokens of a row in balanced order."""
+        return dataclasses.replace(self, balanced=True)
 
     def size(self, names: Sequence[str]) -> int:
         """Devices along `names`."""
@@ -96,6 +109,30 @@ class Axes:
         size = x.shape[dim] // self.size(axes)
         return lax.dynamic_slice_in_dim(self.vary(x, axes), self.index(axes) * size, size, dim)
 
+    def permute(self, x, names: Sequence[str], pairs: Sequence[tuple[int, int]]):
+        """Send to one device along `names` and receive from one: `pairs` of (from, to) cover each device once a side.
+        """
+        return lax.ppermute(x, axes, pairs) if (axes := self.live(names)) else x
+
+    def exchange(self, tree, sizes_n, names: Sequence[str], rows: int):
+        """Send rows to the devices along the one axis of `names` → (what comes, how much from each, int32 [n]).
+
+        Arrays [A, …] hold sizes_n[d] rows for device d, in the order of devices, from their first row on; what comes,
+        [rows, …], lies in the order of senders likewise, zeros behind it, and must fit. The gradient takes the way
+        back. With `names` that the mesh has not got, there is one device.
+        """
+        if not (axes := self.live(names)):
+            sent = jnp.arange(rows, dtype=jnp.int32) < sizes_n[0]
+            return jax.tree.map(lambda x: jnp.where(_column(sent, x), _resized(x, rows), 0), tree), sizes_n
+        (axis,) = axes
+        counts_nn = lax.all_gather(sizes_n, axis)       # from, to
+        come = jax.tree.map(lambda x: _exchange(axis, rows, x, counts_nn), tree)
+        return come, lax.dynamic_index_in_dim(counts_nn, lax.axis_index(axis), 1, keepdims=False)
+
+    def varying(self, x) -> tuple[str, ...]:
+        """Axes over which the devices may hold different values of the array `x`."""
+        return tuple(jax.typeof(x).manual_axis_type.varying) if self.sizes else ()
+
     def vary(self, x, names: Sequence[str]):
         """Mark a replicated tree as this device's own copy; its gradient is then summed over `names`, once, here."""
         if not (axes := self.live(names)):
@@ -104,7 +141,7 @@ class Axes:
 
     def vary_like(self, x, like):
         """Mark a tree as varying wherever the array `like` does: the start of a loop that will mix the two."""
-        return self.vary(x, tuple(jax.typeof(like).manual_axis_type.varying)) if self.sizes else x
+        return self.vary(x, self.varying(like))
 
 
 ONE_DEVICE = Axes()
@@ -113,3 +150,49 @@ ONE_DEVICE = Axes()
 def _vary(leaf, axes: tuple[str, ...]):
     missing = tuple(a for a in axes if a not in jax.typeof(leaf).manual_axis_type.varying)
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchange(axis: str, rows: int, x, counts_nn):
+    return lax.platform_dependent(x, counts_nn, tpu=partial(_exchange_ragged, axis, rows),
+                                  default=partial(_exchange_padded, axis, rows))
+
+
+def _exchange_forward(axis: str, rows: int, x, counts_nn):
+    return _exchange(axis, rows, x, counts_nn), (counts_nn, jnp.zeros((x.shape[0], 0)))
+
+
+def _exchange_backward(axis: str, rows: int, saved, g):
+    counts_nn, like_x = saved
+    return _exchange(axis, like_x.shape[0], g, counts_nn.T), None
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _exchange_ragged(axis: str, rows: int, x, counts_nn):
+    me, starts_nn = lax.axis_index(axis), jnp.cumsum(counts_nn, 0) - counts_nn
+    sent_n, come_n = counts_nn[me], counts_nn[:, me]
+    out = _vary(jnp.zeros((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
+    return lax.ragged_all_to_all(x, out, jnp.cumsum(sent_n) - sent_n, sent_n, starts_nn[me], come_n, axis_name=axis)
+
+
+def _exchange_padded(axis: str, rows: int, x, counts_nn):
+    """As many rows travel to each device as could be meant for it at most."""
+    me, most = lax.axis_index(axis), min(x.shape[0], rows)
+    sent_n, come_n = counts_nn[me], counts_nn[:, me]
+    place_m = jnp.arange(most, dtype=jnp.int32)
+    source_nm = (jnp.cumsum(sent_n) - sent_n)[:, None] + place_m[None]
+    padded = lax.all_to_all(x.at[source_nm].get(mode="fill", fill_value=0), axis, 0, 0)
+    target_nm = (jnp.cumsum(come_n) - come_n)[:, None] + place_m[None]
+    target_nm = jnp.where(place_m[None] < come_n[:, None], target_nm, rows)
+    out = _vary(jnp.zeros((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
+    return out.at[target_nm].set(padded, mode="drop")
+
+
+def _resized(x, rows: int):
+    return jnp.pad(x[:rows], ((0, max(0, rows - x.shape[0])), *((0, 0),) * (x.ndim - 1)))
+
+
+def _column(mask_R, x):
+    return mask_R.reshape(-1, *(1,) * (x.ndim - 1))

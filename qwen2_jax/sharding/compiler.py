@@ -2,38 +2,79 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-CPU_SERVING: dict[str, Any] = {
+log = logging.getLogger("qwen2_jax")
+
+CPU_SERVING: Mapping[str, Any] = {
     # YNNPACK's reductions split a sum by the number of rows, so that a row's last bits depend on its batch; XLA's own
     # do not. Matrix products stay with YNNPACK, whose rows are equal from two rows on (ops/dot.py). Measured with JAX
     # 0.10.2: tests/serve/test_batch_independence.py fails without it.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+TPU_SERVING: Mapping[str, Any] = {
+    # Products group by group. Without it some versions of libtpu multiply every row with every expert: 64 times the
+    # work for 64 experts (tests/tpu_aot/test_grouped.py).
+    "xla_tpu_enable_ragged_dot_kernel": True,
+}
+TPU_TRAINING: Mapping[str, Any] = {
+    **TPU_SERVING,
+}
+
+
+def training_options(mesh: Mesh | None) -> dict[str, Any]:
+    """What `jax.jit` of a training step takes as `compiler_options`, where it runs: on a mesh, or the default device."""
+    return _known({"tpu": TPU_TRAINING}, mesh)
+
+
+def serving_options(mesh: Mesh | None) -> dict[str, Any]:
+    """The same for generation and scoring."""
+    return _known({"tpu": TPU_SERVING, "cpu": CPU_SERVING}, mesh)
+
+
+_refused: dict[tuple[str, str], bool] = {}
+
+
+def _known(options: Mapping[str, Mapping[str, Any]], mesh: Mesh | None) -> dict[str, Any]:
+    """Those options of the platform that this version of the compiler knows: they are no part of anyone's interface,
+    and a version without one compiles as it sees fit."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return {name: value for name, value in options.get(device.platform, {}).items()
+            if not _is_refused(name, value, device)}
+
+
+def _is_refused(name: str, value: Any, device: Any) -> bool:
+    key = (device.platform, name)
+    if key not in _refused:
+        where = NamedSharding(Mesh(np.array([device]), ("data",)), PartitionSpec())
+        lowered = jax.jit(lambda: jnp.zeros(()), out_shardings=where).lower()
+        try:
+            lowered.compile(compiler_options={name: value})
+            _refused[key] = False
+        except Exception as error:
+            if name not in str(error):
+                raise
+            log.warning("this version of the compiler has no option %s; going on without it", name)
+            _refused[key] = True
+    return _refused[key]
 
 
 _events: Counter[str] = Counter()
 jax.monitoring.register_event_listener(lambda event, **_: _events.update([event]))
 
 
-def compile_serving(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
-    """(a program for generation and scoring, compiled with what this platform needs; whether it came from the
-    persistent cache)."""
+def compile_serving(lowered: jax.stages.Lowered, mesh: Mesh | None) -> tuple[jax.stages.Compiled, bool]:
+    """(a program for generation and scoring, compiled with what its devices need; whether it came from the persistent
+    cache)."""
+    options = serving_options(mesh)
     before = _events["/jax/compilation_cache/cache_hits"]
-    compiled = _compile(lowered)
+    compiled = lowered.compile(compiler_options=options)
     return compiled, _events["/jax/compilation_cache/cache_hits"] > before
-
-
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    if jax.default_backend() != "cpu":
-        return lowered.compile()
-    try:
-        return lowered.compile(compiler_options=CPU_SERVING)
-    except Exception as error:
-        # The option is experimental: a version of XLA without it compiles as it sees fit.
-        if "xla_cpu_experimental_ynn_fusion_type" not in str(error):
-            raise
-        return lowered.compile()

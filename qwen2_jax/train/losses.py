@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import PackedBatch
 from qwen2_jax.model.decoder import Decoder, Remat, param_specs
+from qwen2_jax.ops.exchange import ExpertExchange
 from qwen2_jax.ops.experts import RouterStats, load_balancing_loss
 from qwen2_jax.ops.vocab import target_logprobs
 from qwen2_jax.sharding.axes import BATCH, CONTEXT, ONE_DEVICE, Axes
+from qwen2_jax.sharding.order import balance
 
 jax.tree_util.register_dataclass(PackedBatch)   # here, because `data/` is numpy alone
 
@@ -51,6 +53,7 @@ class NextTokenLoss:
     stacked: bool = True
     remat: Remat = "none"
     z_coef: float = 0.0
+    expert_exchange: ExpertExchange = "auto"
 
     def param_specs(self, mesh: Mesh | None) -> dict:
         """Where the parameters lie on a mesh."""
@@ -58,7 +61,9 @@ class NextTokenLoss:
 
     def sums(self, params: dict, batch: PackedBatch, *, ax: Axes = ONE_DEVICE) -> LossSums:
         """Sums over this device's tokens [b, T], then over devices."""
-        decoder = Decoder(self.model, ax, jnp.dtype(self.dtype), self.stacked, remat=self.remat)
+        ax, batch = balance(ax, batch)
+        decoder = Decoder(self.model, ax, jnp.dtype(self.dtype), self.stacked, remat=self.remat,
+                          expert_exchange=self.expert_exchange)
         out: Any = decoder.apply({"params": params}, batch.ids_BT, positions_BT=batch.positions_BT,
                                  segments_BT=batch.segments_BT)
         with jax.named_scope("loss"):

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.sharding.axes import BATCH, CONTEXT, Axes
+from qwen2_jax.sharding.compiler import training_options
 from qwen2_jax.sharding.mesh import REPLICATED, TOKENS_SPEC, per_device, place
 
 
@@ -98,7 +99,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
                    **loss.metrics(sums)}
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=training_options(mesh))
 
 
 def _accumulate(loss: Loss, global_sums: Callable, params: dict, batch: Any, micro_batches: int):
