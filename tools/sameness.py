@@ -98,7 +98,7 @@ def batch() -> PackedBatch:
 
 
 def outcome(model: ModelConfig, spec: str | None) -> Outcome:
-    """What training and generation give on a mesh; None is one device. Several processes only train."""
+    """What training and generation give on a mesh; None is one device."""
     mesh = make_mesh(spec)
     loss = NextTokenLoss(model=model, remat="full")
     optimizer = optax.chain(keep_gradient(), make_optimizer(OPTIM))
@@ -111,8 +111,6 @@ def outcome(model: ModelConfig, spec: str | None) -> Outcome:
         losses.append(float(metrics["loss"]))
         if n == 0:
             gradient = whole(state.optimizer[0])
-    if jax.process_count() > 1:
-        return Outcome(initial, losses, gradient, whole(state.params), [], [])
     lm = LM(init_params(model, jax.random.key(0), mesh=mesh, stacked=False), model, mesh=mesh, stacked=False)
     prompts = [batch().ids_BT[0, :n].tolist() for n in (3, 32, 17, 9, 24)]
     written = lm.generate(prompts, max_new_tokens=NEW, temperature=0)
@@ -142,8 +140,6 @@ def on_one_device(model: ModelConfig) -> Outcome:
 def difference(model: ModelConfig, spec: str, many: Outcome | None = None) -> Difference:
     """A mesh, or the outcome that several processes had on it, against one device."""
     one, many = on_one_device(model), many or outcome(model, spec)
-    if not many.tokens:
-        one = one._replace(tokens=[], logprobs=[])
 
     def largest(a: Any, b: Any, relative: bool = False) -> float:
         scale = (lambda x: np.abs(x).max()) if relative else (lambda x: 1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.ops.sample import SamplingSettings
-from qwen2_jax.serve.programs import DECODE_CHUNK, Admission, Programs, PromptState, SlotState, sample_key
+from qwen2_jax.serve.programs import DECODE_CHUNK, Admission, Programs, PromptState, SlotState
 from qwen2_jax.serve.scheduler import (
     Placement,
     Request,
@@ -25,7 +25,8 @@ from qwen2_jax.serve.scheduler import (
     prefill_groups,
     slot_count,
 )
-from qwen2_jax.sharding.mesh import BATCH_SPEC, place
+from qwen2_jax.sharding.mesh import BATCH_SPEC
+from qwen2_jax.sharding.processes import agreed, check_same, fetch, put
 
 OnTokens = Callable[[Sample, list[int]], bool]
 """Called with a sample's new tokens, stop token excluded; true ends the sample there."""
@@ -59,7 +60,11 @@ class Engine:
     def run(self, requests: Sequence[Request], *, stop_ids: Sequence[int], on_tokens: OnTokens,
             on_done: Callable[[Sample, Output], None], stretch: int = DECODE_CHUNK) -> None:
         """Draw every sample of every request. `stretch`: most tokens drawn on the device between two looks of the host.
-        Slow models draw fewer, down to one (LONGEST_LOOK); that changes when tokens arrive, never which."""
+        Slow models draw fewer, down to one (LONGEST_LOOK); that changes when tokens arrive, never which.
+
+        On a mesh over several processes each of them calls this with the same requests and hears of the same tokens."""
+        mesh = self._programs.mesh
+        check_same("requests", (list(requests), list(stop_ids), stretch), mesh)
         samples = [Sample(r, n) for r, request in enumerate(requests) for n in range(request.samples)]
         wanted = [s for s in samples if requests[s.request].max_new_tokens > 0]
         for sample in set(samples) - set(wanted):
@@ -82,8 +87,9 @@ class Engine:
             jax.block_until_ready(state)  # the prompts are not part of the stretch that is timed
             began = time.perf_counter()
             state, drawn = self._programs.decode(state, stop_ids, steps)
-            tokens, logprobs, counts, stopped = jax.device_get(drawn)
-            steps = next_stretch(steps, time.perf_counter() - began, stretch)
+            tokens, logprobs, counts, stopped = fetch(drawn, mesh, BATCH_SPEC)
+            # Clocks differ, and processes must go the same way: process 0's decides.
+            [steps] = agreed([next_stretch(steps, time.perf_counter() - began, stretch)], mesh)
             for (device, slot), (sample, output) in list(running.items()):
                 row = device * (slots // self._devices) + slot
                 new = tokens[row, :counts[row]].tolist()
@@ -134,10 +140,9 @@ class Engine:
             slot[p.device], active[p.device] = p.slot, True
             entries[p.device] = requests[p.sample.request], p.sample.number
         asked = [request for request, _ in entries]
-        keys = _sample_keys(np.asarray([request.seed for request in asked], np.uint32),
-                            np.asarray([number for _, number in entries], np.uint32))
         admission = Admission(
-            np.asarray([r.max_new_tokens for r in asked], np.int32), keys, np.asarray([r.long for r in asked]),
+            np.asarray([r.max_new_tokens for r in asked], np.int32), np.asarray([r.seed for r in asked], np.uint32),
+            np.asarray([number for _, number in entries], np.uint32), np.asarray([r.long for r in asked]),
             SamplingSettings(np.asarray([r.sampling.temperature for r in asked], np.float32),
                              np.asarray([r.sampling.top_k for r in asked], np.int32),
                              np.asarray([r.sampling.top_p for r in asked], np.float32),
@@ -150,15 +155,12 @@ class Engine:
         return self._programs.end(state, *self._place((np.full(self._devices, slot, np.int32), active)))
 
     def _place(self, arrays):
-        return place(arrays, self._programs.mesh, BATCH_SPEC)
+        return put(arrays, self._programs.mesh, BATCH_SPEC)
 
 
 def next_stretch(steps: int, seconds: float, most: int) -> int:
     """Steps of the next stretch after one of `steps` that took `seconds`: twice as many, or as many as fit."""
     return max(1, min(2 * steps, int(steps * LONGEST_LOOK / seconds), most))
-
-
-_sample_keys = jax.jit(jax.vmap(sample_key))
 
 
 def _room(request: Request) -> int:

@@ -35,6 +35,7 @@ from qwen2_jax.serve.programs import DECODE_CHUNK, Programs
 from qwen2_jax.serve.scheduler import Request, Sample
 from qwen2_jax.serve.text import SampleText
 from qwen2_jax.sharding.mesh import make_mesh, shardings
+from qwen2_jax.sharding.processes import agreed
 
 log = logging.getLogger("qwen2_jax")
 
@@ -184,9 +185,10 @@ class LM:
         if temperature is None and sampling.temperature == 0 and (top_p is not None or top_k is not None):
             self._notify("decoding is greedy, so top_p and top_k have no effect; give a temperature to sample")
         requests = []
+        seeds = agreed([check_seed(seed) for _ in prompts], self._programs.mesh)     # fresh ones are process 0's
         for i, prompt in enumerate(prompts):
             ids, new = self.fit_prompt(self.prompt_ids(prompt, f"prompt {i}"), max_new_tokens, truncate, f"prompt {i}")
-            requests.append(Request(prompt_ids=tuple(ids), max_new_tokens=new, sampling=sampling, seed=check_seed(seed),
+            requests.append(Request(prompt_ids=tuple(ids), max_new_tokens=new, sampling=sampling, seed=seeds[i],
                                     samples=n, long=self.limits.is_long(len(ids) + new)))
         return self._run(requests, check_stop(stop), on_text, on_done)
 

@@ -72,7 +72,9 @@ class Admission(NamedTuple):
     """What a slot needs beside its prompt, one entry a device."""
 
     budget_n: Leaf
-    key_n: Leaf
+    seed_n: Leaf
+    number_n: Leaf
+    """Of the sample, among those of its request."""
     long_n: Leaf
     settings: SamplingSettings
 
@@ -232,7 +234,8 @@ def _insert(apply: Callable, state: SlotState, prompt: PromptState, slot_1, acti
         cache=jax.tree.map(partial(put, axis=1), state.cache, prompt.cache),
         logits_RV=put(state.logits_RV, prompt.logits_nV), length_R=put(state.length_R, prompt.length_n),
         budget_R=put(state.budget_R, admission.budget_n), seen_RV=put(state.seen_RV, prompt.seen_nV),
-        key_R=put(state.key_R, admission.key_n), long_R=put(state.long_R, admission.long_n),
+        key_R=put(state.key_R, jax.vmap(sample_key)(admission.seed_n, admission.number_n)),
+        long_R=put(state.long_R, admission.long_n),
         settings=jax.tree.map(put, state.settings, admission.settings))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.serve.programs import Programs
-from qwen2_jax.sharding.mesh import BATCH_SPEC, TOKENS_SPEC, place
+from qwen2_jax.sharding.mesh import BATCH_SPEC, TOKENS_SPEC
+from qwen2_jax.sharding.processes import check_same, fetch, put, spans_processes
 
 SHORTEST_ROW = 32
 ROWS_A_DEVICE = (1, 8)
@@ -71,8 +72,12 @@ def encode_pair(tokenizer: Tokenizer, pair: tuple[str, str], number: int) -> tup
 def logits(programs: Programs, rows: Sequence[list[int]], long: Sequence[bool]) -> list[np.ndarray]:
     """float32 [T, V] of each row."""
     out: list[Any] = [None] * len(rows)
-    for members, ids_BT, long_B in _batches(programs, rows, long, logit_bytes=4 * programs.cfg.vocab):
-        result = np.asarray(programs.logits(*place((ids_BT, long_B), programs.mesh, (TOKENS_SPEC, BATCH_SPEC))))
+    check_same("rows", (list(rows), list(long)), programs.mesh)
+    # Every device gets all rows where other processes want them too.
+    copies = programs.devices if spans_processes(programs.mesh) else 1
+    for members, ids_BT, long_B in _batches(programs, rows, long, logit_bytes=4 * programs.cfg.vocab * copies):
+        logits_BTV = programs.logits(*put((ids_BT, long_B), programs.mesh, (TOKENS_SPEC, BATCH_SPEC)))
+        result = fetch(logits_BTV, programs.mesh, TOKENS_SPEC)
         for position, i in enumerate(members):
             out[i] = result[position, :len(rows[i])].copy()
     return out
@@ -82,12 +87,13 @@ def loglikelihoods(programs: Programs, rows: Sequence[list[int]], starts: Sequen
                    progress: Callable[[int], None] | None) -> list[tuple[float, bool]]:
     """(summed log-probability of each row's tokens from `start` on, are they all the arg-max)."""
     out: list[Any] = [None] * len(rows)
+    check_same("rows", (list(rows), list(starts), list(long)), programs.mesh)
     for members, ids_BT, long_B in _batches(programs, [row[:-1] for row in rows], long, logit_bytes=0):
         targets_BT = np.zeros_like(ids_BT)
         for position, i in enumerate(members):
             targets_BT[position, :len(rows[i]) - 1] = rows[i][1:]
-        arrays = place((ids_BT, targets_BT, long_B), programs.mesh, (TOKENS_SPEC, TOKENS_SPEC, BATCH_SPEC))
-        logprob_BT, greedy_BT = map(np.asarray, programs.scores(*arrays))
+        arrays = put((ids_BT, targets_BT, long_B), programs.mesh, (TOKENS_SPEC, TOKENS_SPEC, BATCH_SPEC))
+        logprob_BT, greedy_BT = fetch(programs.scores(*arrays), programs.mesh, TOKENS_SPEC)
         for position, i in enumerate(members):
             span = slice(starts[i] - 1, len(rows[i]) - 1)
             out[i] = float(logprob_BT[position, span].sum(dtype=np.float64)), bool(greedy_BT[position, span].all())
