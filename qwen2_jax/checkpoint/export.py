@@ -15,6 +15,7 @@ from qwen2_jax.checkpoint.convert import DtypeName, Kind, parse_size, write_chec
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.tree import flat
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.ops.quant import refuse_quantized
 from qwen2_jax.shapes import param_shapes
 
 
@@ -37,8 +38,10 @@ class LiveReader:
     def dtype(self, slot: Slot) -> np.dtype:
         return np.dtype(self._leaves[self._places[slot.name].path].dtype)
 
-    def rows(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the tensor, as a new host array."""
+    def rows(self, slot: Slot, start: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Rows [start, stop) of the tensor, or `columns` of them, as a new host array."""
+        if columns is not None:
+            return self.rows(slot, start, stop)[:, columns]
         place = self._places[slot.name]
         leaf = self._leaves[place.path]
         if not isinstance(leaf, jax.Array):
@@ -66,7 +69,8 @@ def save_params(params: Mapping[str, Any], cfg: ModelConfig, dst: str | Path, *,
                 beside: str | Path | None = None) -> None:
     """Writes a live tree, in either layout, as an Orbax checkpoint (stacked on disk) with its configuration.
 
-    `beside` is a folder whose tokenizer files and generation settings are copied. Raises UserError as `convert` does.
+    `beside` is a folder whose tokenizer files and generation settings are copied. Raises UserError as `convert` does,
+    and for a quantized tree.
     """
     _write(params, cfg, dst, to="orbax", dtype=dtype, limit=parse_size("5GB"), beside=beside)
 
@@ -79,6 +83,7 @@ def export_hf(params: Mapping[str, Any], cfg: ModelConfig, dst: str | Path, *, d
 
 def _write(params: Mapping[str, Any], cfg: ModelConfig, dst: str | Path, *, to: Kind, dtype: DtypeName, limit: int,
            beside: str | Path | None) -> None:
+    refuse_quantized(params, f"{dst}: a checkpoint")
     reader = LiveReader(params, cfg)
     stored = reader.dtype(names.slots(cfg)[0]).name if dtype == "keep" else dtype
     write_checkpoint(reader, dataclasses.replace(cfg, dtype=stored), Path(dst), to=to, dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,18 @@ from qwen2_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qwen2_jax.checkpoint.tree import flat, nested
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.shapes import param_shapes
+from qwen2_jax.ops.quant import Int8, Quant, check_quant, quantize_rows
+from qwen2_jax.shapes import is_quantized, param_shapes
 
 _ALIGN = 64  # XLA's CPU client takes over a numpy buffer without a copy when it is aligned so
 
 
 def load_params(src: str | Path | Checkpoint, cfg: ModelConfig | None = None, *, dtype: DtypeName, stacked: bool,
-                shardings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                shardings: Mapping[str, Any] | None = None, quant: Quant = None) -> dict[str, Any]:
     """The parameter tree of a checkpoint as JAX arrays of `dtype` ("bfloat16", "float32" or "keep").
 
-    Leaves are filled one after the other, so the host holds one leaf beside what the devices hold.
+    Leaves are filled one after the other, so the host holds one leaf beside what the devices hold. With `quant` each
+    piece of a matrix is quantized as it is read, so neither host nor device holds more of it than a piece before.
 
     Args:
       src: what `open_checkpoint` takes, or its result.
@@ -37,8 +39,10 @@ def load_params(src: str | Path | Checkpoint, cfg: ModelConfig | None = None, *,
       stacked: one stack a run of equal layers, or one run a layer (docs/architecture.md).
       shardings: a tree of `jax.sharding.Sharding` like the parameters in that layout. Each process then reads only the
         slices that its devices hold. None: everything on the default device.
+      quant: "int8" makes matrices `ops.quant.Int8`, from the weights as they are stored, whatever `dtype` is.
     """
     check_choice("dtype", dtype, tuple(DTYPES))
+    check_quant(quant)
     checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(src)
     cfg = cfg or checkpoint.cfg
     shapes = param_shapes(cfg, stacked=stacked)
@@ -52,9 +56,12 @@ def load_params(src: str | Path | Checkpoint, cfg: ModelConfig | None = None, *,
     with ThreadPoolExecutor(thread_name_prefix="read-weights") as pool:
         for path, shape in shapes.items():
             leaf = _Leaf(checkpoint.reader, shape, parts[path], DTYPES[dtype], pool)
-            array = (jax.device_put(leaf.read((slice(None),) * len(shape))) if shardings is None
-                     else jax.make_array_from_callback(shape, given[path], leaf.read))
-            leaves[path] = array
+            if quant and is_quantized(path):
+                leaves[path] = leaf.quantized(given.get(path))
+            elif shardings is None:
+                leaves[path] = jax.device_put(leaf.read((slice(None),) * len(shape)))
+            else:
+                leaves[path] = jax.make_array_from_callback(shape, given[path], _once(leaf, given[path]))
     return nested(leaves)
 
 
@@ -70,24 +77,102 @@ class _Leaf:
 
     def read(self, index: Any) -> np.ndarray:
         """The part of the leaf that `index` (a tuple of slices of step 1) selects, as a new array."""
-        ranges = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
-        dtype = self.wanted or np.result_type(*{self.reader.dtype(slot) for _, slot in self.parts})
-        out = _empty_aligned(tuple(len(r) for r in ranges), dtype)
+        ranges = _ranges(index, self.shape)
+        out = _empty_aligned(tuple(map(len, ranges)), self._dtype)
+
+        def put(at: tuple[Any, ...], rows: np.ndarray, columns: tuple[slice, ...]) -> None:
+            out[at] = rows[(slice(None), *columns)]
+
+        self._each_piece(ranges, put, whole_rows=False)
+        return out
+
+    def read_int8(self, index: Any) -> Int8:
+        """The same part quantized, in new arrays. A row's scale is that of the whole row, whatever part is wanted."""
+        ranges = _ranges(index, self.shape)
+        size = tuple(map(len, ranges))
+        out = Int8(_empty_aligned(size, np.dtype(np.int8)), _empty_aligned(size[:-1], np.dtype(np.float32)))
+
+        def put(at: tuple[Any, ...], rows: np.ndarray, columns: tuple[slice, ...]) -> None:
+            rows_int8 = quantize_rows(rows, np)
+            out.values[at], out.scale[at] = rows_int8.values[(slice(None), *columns)], rows_int8.scale
+
+        self._each_piece(ranges, put, whole_rows=True)
+        return out
+
+    def quantized(self, where: Int8 | None) -> Int8:
+        """The leaf on the devices; `where` holds the shardings of its two arrays, None the default device."""
+        if where is None:
+            return jax.device_put(self.read_int8((slice(None),) * len(self.shape)))
+        holders: dict[str, list[tuple[Any, Any]]] = {}     # slices have no hash before Python 3.12
+        for device, index in where.values.addressable_devices_indices_map(self.shape).items():
+            holders.setdefault(str(index), []).append((device, index))
+        pieces: list[Int8] = []
+        for same in holders.values():
+            piece = self.read_int8(same[0][1])
+            pieces += [jax.device_put(piece, device) for device, _ in same]
+
+        def whole(shape: tuple[int, ...], sharding: Any, arrays: list[Any]):
+            return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+        return Int8(whole(self.shape, where.values, [p.values for p in pieces]),
+                    whole(self.shape[:-1], where.scale, [p.scale for p in pieces]))
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return self.wanted or np.result_type(*{self.reader.dtype(slot) for _, slot in self.parts})
+
+    def _each_piece(self, ranges: list[range], put: Callable[[tuple[Any, ...], np.ndarray, tuple[slice, ...]], None],
+                    *, whole_rows: bool) -> None:
+        """Read the stored rows in `ranges`, piece by piece, several at a time: `put(where in the result, rows, the
+        columns still to be taken of them)`. None are where not `whole_rows`, and only those wanted have been read."""
         lead = len(self.parts[0][0])
-        rows, rest = ranges[lead], tuple(slice(r.start, r.stop) for r in ranges[lead + 1:])
+        wanted, columns = ranges[lead], tuple(slice(r.start, r.stop) for r in ranges[lead + 1:])
 
         def fill(job: tuple[tuple[int, ...], Slot, int, int]) -> None:
             position, slot, start, stop = job
-            piece = self.reader.rows(slot, start, stop)[(slice(None), *rest)]
-            out[position][start - rows.start:stop - rows.start] = piece
+            rows = self.reader.rows(slot, start, stop, *(() if whole_rows else columns))
+            put((*position, slice(start - wanted.start, stop - wanted.start)), rows, columns if whole_rows else ())
 
         jobs = [(tuple(i - r.start for i, r in zip(place, ranges, strict=False)), slot,
-                 max(start, rows.start), min(stop, rows.stop))
+                 max(start, wanted.start), min(stop, wanted.stop))
                 for place, slot in self.parts if all(i in r for i, r in zip(place, ranges, strict=False))
-                for start, stop in blocks(slot.shape, dtype) if start < rows.stop and stop > rows.start]
+                for start, stop in blocks(slot.shape, self._dtype) if start < wanted.stop and stop > wanted.start]
         for _ in self.pool.map(fill, jobs):
             pass
-        return out
+
+
+def _once(leaf: _Leaf, sharding: jax.sharding.Sharding) -> Callable[[Any], np.ndarray]:
+    """`leaf.read`, reading once what several devices of this process want: the same part, or columns side by side."""
+    wanted: dict[str, set[tuple[int, int]]] = {}      # rows → columns, first and one past the last
+    for index in sharding.addressable_devices_indices_map(leaf.shape).values():
+        *rows, columns = _ranges(index, leaf.shape)
+        wanted.setdefault(str(rows), set()).add((columns.start, columns.stop))
+    read: dict[tuple[str, int], np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        *rows, columns = _ranges(index, leaf.shape)
+        around = _joined(wanted[str(rows)], columns.start)
+        key = str(rows), around.start
+        if key not in read:
+            read[key] = leaf.read((*index[:-1], slice(around.start, around.stop)))
+        return read[key][..., columns.start - around.start:columns.stop - around.start]
+
+    return part
+
+
+def _joined(spans: Collection[tuple[int, int]], place: int) -> range:
+    """The longest range around `place` that the spans cover without a gap."""
+    joined: list[list[int]] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], stop)
+        else:
+            joined.append([start, stop])
+    return next(range(start, stop) for start, stop in joined if start <= place < stop)
+
+
+def _ranges(index: Any, shape: tuple[int, ...]) -> list[range]:
+    return [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

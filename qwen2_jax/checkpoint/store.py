@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from qwen2_jax.checkpoint.pieces import PIECE_BYTES
 from qwen2_jax.checkpoint.staging import naming_disk_errors
 from qwen2_jax.errors import UserError
+from qwen2_jax.ops.quant import refuse_quantized
 
 POSITION = "position"
 
@@ -46,8 +47,9 @@ class Store:
 
         `state` is {"params": tree, "optimizer": tree, …} of arrays, copied off the devices before this returns, so
         they may be donated to the next step. `position` is JSON: what the data iterator needs to go on. Raises
-        UserError when the disk is full, for this step or the one before, whose writing ends here.
+        UserError when the disk is full, for this step or the one before, whose writing ends here; for a quantized tree.
         """
+        refuse_quantized(state, f"{self.path}: a checkpoint")
         items = {name: ocp.args.StandardSave(tree, save_args=jax.tree.map(_chunks, tree))
                  for name, tree in state.items()}
         args = ocp.args.Composite(**items, **{POSITION: ocp.args.JsonSave(dict(position))})

@@ -27,6 +27,7 @@ from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.data.tokenizer_files import has_tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import param_specs
+from qwen2_jax.ops.quant import Quant, check_quant
 from qwen2_jax.serve import score
 from qwen2_jax.serve.defaults import GenerationDefaults, check_seed, check_settings, check_stop, check_truncate
 from qwen2_jax.serve.engine import Engine, Output
@@ -63,8 +64,8 @@ class Generation:
     logprobs: list[float]
 
 
-def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None, revision: str | None = None,
-         ignore_fields: Sequence[str] = (), rope_when: RopeWhen = "always",
+def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None, quant: Quant = None,
+         revision: str | None = None, ignore_fields: Sequence[str] = (), rope_when: RopeWhen = "always",
          notify: Callable[[str], None] | None = None) -> LM:
     """Open a checkpoint for use: a Hugging Face folder, a `.safetensors` file, an Orbax checkpoint or a hub id.
 
@@ -73,6 +74,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
         None: as config.json says, float32 where that is float16.
       mesh: None for one device, or axes like "fsdp=2x2,tensor=2" (docs/architecture.md): requests split over data,
         fsdp and expert, weights over fsdp, expert and tensor. Each process reads only what its devices hold.
+      quant: "int8" holds matrices in int8 with a scale an output channel, quantized as they are read: half of
+        bfloat16's memory, and other numbers (ops/quant.py). Activations and the cache stay in `dtype`.
       ignore_fields: names of unknown fields of config.json to pass over.
       rope_when: "long" leaves requests that fit the original context unscaled (YaRN, linear); "always" is
         transformers' rule.
@@ -84,6 +87,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
         raise UserError(f"a checkpoint is a folder, a file or a hub id, found {path!r}")
     if rope_when not in get_args(RopeWhen):
         raise UserError(f"rope_when {rope_when!r} is not supported: {', '.join(get_args(RopeWhen))} are")
+    check_quant(quant)
     checkpoint = open_checkpoint(path, revision=revision, ignore=ignore_fields)
     cfg = checkpoint.cfg
     if cfg.rope.kind != "default":
@@ -94,8 +98,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
     name = _dtype_name(dtype if dtype is not None else "float32" if cfg.dtype == "float16" else cfg.dtype)
     mesh = make_mesh(mesh)
     stacked = jax.default_backend() != "cpu"
-    where = None if mesh is None else shardings(param_specs(cfg, mesh, stacked=stacked), mesh)
-    params = load_params(checkpoint, cfg, dtype=name, stacked=stacked, shardings=where)
+    where = None if mesh is None else shardings(param_specs(cfg, mesh, stacked=stacked, quant=quant), mesh)
+    params = load_params(checkpoint, cfg, dtype=name, stacked=stacked, shardings=where, quant=quant)
     tokenizer = Tokenizer.load(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None
     return LM(params, cfg, tokenizer=tokenizer, defaults=GenerationDefaults.read(checkpoint.folder),
               dtype=jnp.dtype(name), stacked=stacked, mesh=mesh, notify=notify)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.cache import cache_spec, empty_cache
 from qwen2_jax.model.decoder import Decoder, param_specs
+from qwen2_jax.ops.quant import quant_of
 from qwen2_jax.ops.sample import Leaf, SamplingSettings, sample
 from qwen2_jax.ops.vocab import logits, target_logprobs
 from qwen2_jax.shapes import kv_bytes_per_token
@@ -103,7 +104,7 @@ class Programs:
         """Devices, or groups of devices, that have rows of their own."""
         cache = cache_spec(cfg, self._ax)
         self._state_spec, self._prompt_spec = STATE_SPEC._replace(cache=cache), PROMPT_SPEC._replace(cache=cache)
-        self._param_specs = param_specs(cfg, mesh, stacked=stacked)
+        self._param_specs = param_specs(cfg, mesh, stacked=stacked, quant=quant_of(params))
         self._notify = notify
         self._compiled: dict[tuple, Any] = {}
 

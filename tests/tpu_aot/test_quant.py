@@ -1,0 +1,60 @@
+"""On TPU an int8 matrix is read as int8: no bfloat16 copy of it is made on the way into a product."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen2_jax.model.cache import empty_cache
+from qwen2_jax.model.decoder import Decoder, abstract_params
+from qwen2_jax.ops.quant import Int8
+from qwen2_jax.ops.vocab import logits
+from qwen2_jax.presets import PRESETS
+from tests.tpu_aot.topologies import tpu_devices
+
+pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")    # no TPU program can be read back without a TPU
+
+ROWS, SLOTS = 8, 1024
+DENSE = dataclasses.replace(PRESETS["Qwen2-7B"], layers=3, vocab=32768)
+
+
+def decode_step(cfg, quant):
+    """The compiled step of one token for ROWS rows."""
+    device = NamedSharding(Mesh(np.array(tpu_devices("v5e:2x2")[:1]), ("data",)), PartitionSpec())
+
+    def step(params, ids_B1, cache, start_B):
+        decoder = Decoder(cfg, dtype=jnp.bfloat16, train=False)
+        out = decoder.apply({"params": params}, ids_B1, cache=cache, start=start_B)
+        return logits(out.x_BTD[:, 0], out.head["table"]), out.cache
+
+    def held(leaf):
+        dtype = leaf.dtype if leaf.dtype == jnp.int8 else jnp.bfloat16
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    def params():
+        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Int8) else held(leaf),
+                            abstract_params(cfg, quant=quant), is_leaf=lambda x: isinstance(x, Int8))
+
+    cache = jax.eval_shape(lambda: empty_cache(cfg, ROWS, SLOTS, jnp.bfloat16, stacked=True))
+    args = (params(), jax.ShapeDtypeStruct((ROWS, 1), jnp.int32), cache, jax.ShapeDtypeStruct((ROWS,), jnp.int32))
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), args)
+    return jax.jit(step, donate_argnums=2).lower(*args).compile()
+
+
+def test_decoding_makes_no_wide_copy():
+    """Temporaries stay below a single matrix of a layer in bfloat16, let alone the layer, and so do all arrays made
+    between fusions."""
+    compiled = decode_step(DENSE, "int8")
+    matrix = 2 * DENSE.d_ff * DENSE.d_model
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < matrix
+    whole = decode_step(DENSE, None).memory_analysis()
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(DENSE)))
+    assert whole.argument_size_in_bytes - memory.argument_size_in_bytes > 0.98 * weights, "half of bfloat16's bytes"
