@@ -97,12 +97,10 @@ def _start_jax(*, compile_only: bool) -> None:
     needs them."""
     if compile_only:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        return
     import jax
 
-    # A program for a TPU cannot be read back from the cache without one.
-    jax.config.update("jax_enable_compilation_cache", False)
-    if not compile_only:
-        jax.devices()
+    jax.devices()
 
 
 def _plans(name: str, task: Task, topology: Topology, args: argparse.Namespace) -> list[Plan]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -41,6 +43,20 @@ class Compiled:
     text: str
     seconds: float
     """That compiling took."""
+
+
+@contextlib.contextmanager
+def no_cache() -> Iterator[None]:
+    """No persistent cache: without a TPU a program for one cannot be read back from it. JAX decides once a process
+    whether it uses one, hence the resets."""
+    before = jax.config.jax_enable_compilation_cache        # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def compile_for_tpu(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Compiled | OutOfMemory:

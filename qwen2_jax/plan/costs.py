@@ -19,7 +19,8 @@ UNKNOWN_CYCLES = 2**63 - 1
 FREE_CALLS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesAligned",
     "GatherScatterIndicesBitpacked", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint",
-    "X64Combine", "X64SplitHigh", "X64SplitLow", "annotate_device_placement",
+    "X64Combine", "X64SplitHigh", "X64SplitLow", "annotate_device_placement", "PrepareAsyncCallStart",
+    "PrepareAsyncCallDone",
 }
 """Custom calls that are names for memory or promises to the compiler, and no work."""
 

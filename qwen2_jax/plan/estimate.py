@@ -133,7 +133,7 @@ def _training(task: Task, sizes: Sizes, chip: Chip) -> Estimate:
     seconds += cfg.layers * 3 * activations * (sizes.context - 1) / sizes.context / link * cfg.kv_heads / cfg.heads
     if cfg.moe is not None and sizes.expert > 1:
         seconds += cfg.layers * 6 * activations * sizes.expert / link
-    seconds += 2 * 4 * held * (sizes.data > 1) / link
+    seconds += 2 * 4 * held * (sizes.data * sizes.context > 1) / link      # gradients summed over them, at the end
     return Estimate(sizes, STATE * held, temporaries, seconds)
 
 

@@ -17,6 +17,9 @@ from qwen2_jax.plan.hlo import HloError, Instruction
 Groups = list[tuple[int, ...]]
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=(mesh\[[^{]*\{[^}]*\})")
+_ORDERED = re.compile(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)")
+_LISTED = re.compile(r"device_ids=\(([\d,]+)\)")
 _MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 _AXIS_REF = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
@@ -26,12 +29,15 @@ def groups_of(instruction: Instruction, devices: int) -> Groups:
 
     All `devices` are one group where the instruction names none. Raises HloError for a form that is not known.
     """
+    if found := _MESH_GROUPS.search(instruction.attributes):    # with a comma outside of its brackets
+        return parse_groups(found[1], devices)
     pairs = instruction.attribute("source_target_pairs")
     return parse_groups(pairs or instruction.attribute("replica_groups"), devices)
 
 
 def parse_groups(text: str, devices: int) -> Groups:
-    """`{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, or `mesh['a'=2,'b'=2] {'b'}`."""
+    """`{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'b'}`, or the last with an order of
+    devices, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`."""
     if text in ("", "{}"):
         return [tuple(range(devices))]
     if text.startswith("{"):
@@ -46,16 +52,16 @@ def parse_groups(text: str, devices: int) -> Groups:
 def _mesh_groups(text: str) -> Groups:
     """Axes of a named mesh, or parts of them: `'a':(2)4` is the axis that is left of `a` when 2 have been split off it
     to the left and 4 are taken."""
-    inside, _, rest = text[len("mesh["):].partition("]")
-    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(inside)}
-    order, _, chosen = rest.rpartition("{")
+    mesh, _, chosen = text.rpartition("{")
+    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(mesh)}
     grid = np.arange(math.prod(sizes.values()))
-    if "device_ids" in inside + order:
-        found = re.search(r"device_ids=\((.*)\)", inside + order)
-        if found is None:
+    if "device_ids" in mesh:
+        if found := _ORDERED.search(mesh):
+            grid = _iota(found[1], found[2])
+        elif found := _LISTED.search(mesh):
+            grid = np.array(_ints(found[1]))
+        else:
             raise HloError(f"groups of devices written '{text[:80]}' are not known")
-        iota = _IOTA.search(found[1])
-        grid = _iota(iota[2], iota[3]) if iota else np.array(_ints(found[1]))
     refs = {name: (int(before or 1), int(size or sizes[name]))
             for name, before, size in _AXIS_REF.findall(chosen.rstrip("}"))}
     shape, kept, joined = [], [], []

@@ -136,7 +136,7 @@ class Program:
                 if count is None:
                     raise HloError(f"the trip count of the loop {instruction.name} ({instruction.scope}) is not known")
                 return [(called["body"][0], count)]
-            case "call" | "async-start":
+            case "call" | "async-start" | "call-start":
                 return [(name, 1.0) for key in ("to_apply", "calls", "called_computations")
                         for name in called.get(key, ())]
             case "conditional":
@@ -266,15 +266,15 @@ def parse(text: str) -> Program:
                 current, pending = computations.setdefault(found[2], {}), ""
                 entry = found[2] if found[1] else entry
             continue
-        starts = _INSTRUCTION.match(line)
-        if not starts and line != "}":
+        ends = line == "}" or line.startswith("}, execution_thread=")
+        if not ends and not _INSTRUCTION.match(line):
             pending += " " + line       # kernels' metadata go over several lines
             continue
         if pending:
             instruction = _instruction(pending)
             current[instruction.name] = instruction
         pending = line
-        if line == "}":
+        if ends:
             current = None
     if not entry:
         raise HloError("this is not the text of a compiled program: it has no entry computation")

@@ -20,6 +20,8 @@ from qwen2_jax.plan.links import DIMENSIONS, Torus, wire_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
+WRAPPERS = ("async-start", "call-start")
+"""Starts of computations that run beside; on tpu7x collectives are given to the sparse cores so."""
 Key = str
 
 
@@ -147,12 +149,11 @@ class Ledger:
         opcode = instruction.opcode
         if opcode in KINDS:
             yield "whole", "", instruction, computation
-        elif opcode.endswith("-start") and (opcode.removesuffix("-start") in KINDS or opcode == "async-start"):
-            if opcode != "async-start":
-                yield "start", instruction.name, instruction, computation
-            else:
-                for inner, at in _inside(instruction, self.program):
-                    yield "start", instruction.name, inner, at
+        elif opcode.endswith("-start") and opcode.removesuffix("-start") in KINDS:
+            yield "start", instruction.name, instruction, computation
+        elif opcode in WRAPPERS:
+            for inner, at in _inside(instruction, self.program):
+                yield "start", instruction.name, inner, at
         elif opcode.endswith("-done") and instruction.operands:
             yield "end", _first(instruction.operands[0], computation), instruction, computation
         elif opcode == "fusion":
@@ -209,8 +210,8 @@ def _inside(instruction: Instruction, program: Program) -> Iterator[tuple[Instru
 
 
 def _wrapped(instruction: Instruction, program: Program) -> bool:
-    """Whether this is an `async-start` around a collective, whose inside is no schedule of its own."""
-    return instruction.opcode == "async-start" and next(_inside(instruction, program), None) is not None
+    """Whether this starts a collective that stands in a computation of its own, which is no schedule."""
+    return instruction.opcode in WRAPPERS and next(_inside(instruction, program), None) is not None
 
 
 def _role(fusion: Instruction, computation: Computation) -> str:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen2_jax import __version__
-from qwen2_jax.plan.compiled import Buffer, Compiled, OutOfMemory, compile_for_tpu
+from qwen2_jax.plan.compiled import Buffer, Compiled, OutOfMemory, compile_for_tpu, no_cache
 from qwen2_jax.plan.costs import Costs, Spent, spent
 from qwen2_jax.plan.flops import model_flops
 from qwen2_jax.plan.hlo import Program, parse
@@ -100,9 +100,10 @@ def make_plan(model: str, task: Task, topology: Topology, mesh_spec: str, *, say
     devices = tpu_devices(topology)
     mesh = mesh_of(mesh_spec, devices)
     say(f"tracing {model} for {topology}, mesh {mesh_text(mesh)}")
-    program = lower(task, mesh)
-    say("compiling, which takes from seconds to minutes")
-    found = compile_for_tpu(program.lowered, {} if task.mode == "train" else serving_options(mesh))
+    with no_cache():
+        program = lower(task, mesh)
+        say("compiling, which takes from seconds to minutes")
+        found = compile_for_tpu(program.lowered, {} if task.mode == "train" else serving_options(mesh))
     common: dict[str, Any] = {"model": model, "topology": topology, "mesh": mesh_text(mesh), "task": task,
                               "mesh_devices": mesh.size}
     if isinstance(found, OutOfMemory):

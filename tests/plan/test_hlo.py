@@ -36,6 +36,21 @@ def test_an_instruction_over_several_lines():
     assert list(main) == ["x", "k", "after", "out"] and main["out"].root
 
 
+def test_a_computation_for_another_core():
+    """Its end says which, and it must not swallow the next."""
+    text = module("""
+%beside (b: f32[8]) -> f32[8] {
+  ROOT %b = f32[8]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+%behind (c: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} parameter(0)
+}
+""", "")
+    found = parse(text).computations
+    assert list(found["beside"]) == ["b"] and list(found["behind"]) == ["c"] and "main" in found
+
+
 @pytest.mark.parametrize("text", ["", "no program", "HloModule m\n\n%f (x: f32[]) -> f32[] {\n}\n"])
 def test_text_without_an_entry_is_refused(text):
     with pytest.raises(HloError, match="entry"):

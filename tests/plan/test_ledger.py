@@ -63,6 +63,14 @@ def test_several_mesh_axes():
     assert found.seconds == pytest.approx(2 * SIZE * 15 / 16 / (2 * LINK)), "links of both dimensions at once"
 
 
+def test_groups_with_an_order_of_devices():
+    """As the compiler writes them for a mesh that goes round a tray: a comma stands outside of the brackets."""
+    order = "mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}"
+    instruction = f"{WHOLE} all-reduce(%whole), channel_id=5, replica_groups={order}, to_apply=%sum"
+    found = one(module("", f"{START}  %c = {instruction}"))
+    assert found.mesh_axes == ("fsdp_y",)
+
+
 def test_one_mesh_axis_over_two_dimensions():
     found = one(module("", f"{START}  %c = {WHOLE} all-reduce(%whole)"), shape={"data": 16})
     assert (found.axes, found.mesh_axes) == (("x", "y"), ("data",))
@@ -132,15 +140,16 @@ def test_two_gathers_over_one_link_are_not_covered_twice():
     assert sum(row.exposed_seconds for row in other) == pytest.approx(0)
 
 
-def test_a_collective_inside_of_an_async_start():
+@pytest.mark.parametrize("kind", ["async", "call"])
+def test_a_collective_in_a_computation_that_runs_beside(kind):
     found = one(module(f"""
 %wrapped (w: {SHARD}) -> {WHOLE} {{
   %w = {SHARD} parameter(0)
   ROOT %g = {WHOLE} all-gather(%w), {ROWS}, dimensions={{0}}
 }}
-""", f"""{START}  %s = (({SHARD}), {WHOLE}, u32[]) async-start(%shard), calls=%wrapped
-  %u = (({SHARD}), {WHOLE}, u32[]) async-update(%s)
-{work("between", 1)}  %d = {WHOLE} async-done(%u)"""))
+""", f"""{START}  %s = (({SHARD}), {WHOLE}, u32[]) {kind}-start(%shard), calls=%wrapped
+  %u = (({SHARD}), {WHOLE}, u32[]) {kind}-update(%s)
+{work("between", 1)}  %d = {WHOLE} {kind}-done(%u)"""))
     assert (found.count, found.bytes) == (1, SIZE)
     assert found.exposed_seconds == pytest.approx(2e-3)
 

@@ -1,0 +1,74 @@
+"""`qwen2-jax plan`: flags, refusals, and the run on this machine's devices."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qwen2_jax.plan import topology
+
+TINY = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64,
+    "model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 1, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "vocab_size": 96, "eos_token_id": 9, "torch_dtype": "float32",
+    "use_sliding_window": False, "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ((), "needs --topology"),
+    (("--topology", "v5q-8"), "did you mean v5p-8"),
+    (("--topology", "v5p-7"), "number counts cores"),
+    (("--topology", "v5e-4", "--seq", "0"), "--seq must lie between 1 and"),
+    (("--topology", "v5e-4", "--batch", "-1"), "--batch must lie between 1 and"),
+    (("--topology", "v5e-4", "--run", "0"), "--run must lie between 1 and"),
+    (("--topology", "v5e-4", "--mode", "serve"), "choose from train, prefill, decode"),
+    (("--topology", "v5e-4", "--remat", "some"), "choose from full, attention, dots, none"),
+    (("--topology", "v5e-4", "--quant", "int8"), "--quant int8 is for --mode prefill and decode"),
+    (("--topology", "v5e-4", "--mode", "decode", "--remat", "full"), "--remat is for --mode train"),
+    (("--hlo", "out.txt", "--run", "1"), "--hlo needs --topology"),
+    (("--topolgy", "v5e-4"), "did you mean --topology"),
+    (("--run", "1", "--mesh", "auto"), "--mesh auto needs --topology"),
+    (("--run", "1", "--mesh", "fsdp=3", "--batch", "4", "--seq", "16"), "4 rows cannot be split over 3 devices"),
+    (("--run", "1", "--seq", "65"), "beyond the model's context of 64"),
+])
+def test_refusals(call, folder, flags, message):
+    done = call("plan", folder, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_without_libtpu(call, folder, monkeypatch):
+    monkeypatch.setattr(topology, "libtpu_version", lambda: None)
+    done = call("plan", folder, "--topology", "v5e-4")
+    assert done.returncode == 2 and 'pip install "qwen2_jax[tpu]"' in done.stderr
+
+
+def test_an_unknown_model(call):
+    done = call("plan", "Qwen2-8B", "--topology", "v5e-4")
+    assert done.returncode == 2 and "did you mean Qwen2-7B" in done.stderr
+
+
+@pytest.mark.optax
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+def test_a_run_on_the_devices_that_are_here(call, folder, mode):
+    done = call("plan", folder, "--mode", mode, "--run", "2", "--mesh", "data=2", "--batch", "2", "--seq", "16",
+                "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("measured ") and "median of 2" in first and "8 x cpu" in first
+    assert second == "no prediction: --topology names the slice to compare with"
+
+
+@pytest.mark.optax
+def test_a_run_as_json(call, folder):
+    done = call("plan", folder, "--run", "1", "--batch", "1", "--seq", "16", "--json")
+    found = json.loads(done.stdout)
+    assert found["measured_on"] == "cpu" and found["measured_seconds"] > 0
