@@ -14,6 +14,7 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.mlp import swiglu
 from qwen2_jax.model.params import normal, weight
 from qwen2_jax.ops.dot import matmul
+from qwen2_jax.ops.exchange import ExpertExchange, exchanged
 from qwen2_jax.ops.experts import (
     ExpertWeights,
     RouterStats,
@@ -22,7 +23,6 @@ from qwen2_jax.ops.experts import (
     route,
     router_stats,
 )
-from qwen2_jax.ops.exchange import ExpertExchange, exchanged
 from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.rules import Rules
 from qwen2_jax.sharding.split import Split
@@ -44,7 +44,7 @@ class Moe(nn.Module):
         """
         moe, init = self.cfg.moe, normal(self.cfg.init_std)
         assert moe is not None      # the decoder makes this block for sparse layers only
-        D, E, F, S = self.cfg.d_model, moe.experts, moe.d_expert, moe.d_shared
+        D, E, F = self.cfg.d_model, moe.experts, moe.d_expert
         expert_axes = ("expert", "expert_ffn", "embed")
         w = ExpertWeights(weight(self, "gate", (E, F, D), expert_axes, init),
                           weight(self, "up", (E, F, D), expert_axes, init),
@@ -52,34 +52,38 @@ class Moe(nn.Module):
         x_RD = x_BtD.reshape(-1, D)
         router = weight(self, "router", (E, D), ("router", "embed"), init)
         weight_Rk, expert_Rk, probability_RE = route(x_RD, router, top_k=moe.top_k, normalise=moe.norm_topk_prob)
-        by_token = (*x_BtD.shape[:2], moe.top_k)
-        routed_BtD = self._routed(x_BtD, weight_Rk.reshape(by_token), expert_Rk.reshape(by_token), w)
-        split = Split.of(self.cfg, self.ax, "shared_ffn")
-        shared_BtD = split.leave(swiglu(split.enter(x_BtD),
-                                        weight(self, "shared_gate", (S, D), ("shared_ffn", "embed"), init),
-                                        weight(self, "shared_up", (S, D), ("shared_ffn", "embed"), init),
-                                        weight(self, "shared_down", (D, S), ("embed", "shared_ffn"), init)))
-        share_R1 = jax.nn.sigmoid(matmul(x_RD, weight(self, "shared_router", (1, D), ("router", "embed"), init)))
-        shared_BtD = share_R1.reshape(*x_BtD.shape[:2], 1) * shared_BtD.astype(jnp.float32)
-        y_BtD = (routed_BtD + shared_BtD).astype(x_BtD.dtype)
-        return y_BtD, router_stats(expert_Rk, probability_RE, counts_Bt.reshape(-1))
+        stats = router_stats(expert_Rk, probability_RE, counts_Bt.reshape(-1))
+        split, shared_split = (Split.of(self.cfg, self.ax, name) for name in ("expert_ffn", "shared_ffn"))
+        x_BTD, weight_BTk, expert_BTk = (split.enter(a.reshape(*x_BtD.shape[:2], -1))
+                                         for a in (x_BtD, weight_Rk, expert_Rk))
+        y_BTD = self._routed(x_BTD, weight_BTk, expert_BTk, w)
+        if shared_split == split:       # then they go in and out together
+            return split.leave((y_BTD + self._shared(x_BTD, split)).astype(x_BtD.dtype)), stats
+        shared_BTD = self._shared(shared_split.enter(x_BtD), shared_split)
+        return split.leave(y_BTD.astype(x_BtD.dtype)) + shared_split.leave(shared_BTD.astype(x_BtD.dtype)), stats
 
-    def _routed(self, x_BtD, weight_Btk, expert_Btk, w: ExpertWeights):
-        """What the experts make of this device's tokens, float32 [B, t, D]; `w` are this device's experts."""
-        ax, rules = self.ax, Rules.of(self.cfg, self.ax)
-        split, over = Split.of(self.cfg, ax, "expert_ffn"), rules.split_over("expert")
-        rows = tuple(split.enter(a) for a in (x_BtD, weight_Btk, expert_Btk))
+    def _shared(self, x_BTD, split: Split):
+        """This device's part of what the shared expert makes of any tokens, float32."""
+        D, S, init = self.cfg.d_model, self.cfg.moe.d_shared, normal(self.cfg.init_std)
+        y_BTD = swiglu(x_BTD, weight(self, "shared_gate", (S, D), ("shared_ffn", "embed"), init),
+                       weight(self, "shared_up", (S, D), ("shared_ffn", "embed"), init),
+                       weight(self, "shared_down", (D, S), ("embed", "shared_ffn"), init))
+        router = self.ax.vary(weight(self, "shared_router", (1, D), ("router", "embed"), init), split.over)
+        return jax.nn.sigmoid(matmul(x_BTD, router)) * y_BTD.astype(jnp.float32)
+
+    def _routed(self, x_BTD, weight_BTk, expert_BTk, w: ExpertWeights):
+        """This device's part of what the experts make of its tokens, float32; `w` are its experts."""
+        ax, over = self.ax, Rules.of(self.cfg, self.ax).split_over("expert")
         experts = partial(self._experts, w=w, share=1 / ax.size(over))
-        here = w.gate_EFD.shape[0]
+        rows, here = (x_BTD, weight_BTk, expert_BTk), w.gate_EFD.shape[0]
         if over and self._exchanges(rows[0].shape[1]):
-            y_BTD = exchanged(experts, here, *map(_flat, rows), ax).reshape(rows[0].shape)
-            return split.leave(y_BTD)
+            return exchanged(experts, here, *map(_flat, rows), ax).reshape(x_BTD.shape)
         x_bTD, weight_bTk, expert_bTk = (ax.gather(a, over, 0) for a in rows)
         # Another device's experts get the number behind the last of our own.
         expert_bTk = expert_bTk - ax.index(over) * here
         expert_bTk = jnp.where((expert_bTk >= 0) & (expert_bTk < here), expert_bTk, here) if over else expert_bTk
         y_bTD = experts(*map(_flat, (x_bTD, weight_bTk, expert_bTk))).reshape(x_bTD.shape)
-        return split.leave(ax.scatter(y_bTD, over, 0))
+        return ax.scatter(y_bTD.astype(x_BTD.dtype), over, 0).astype(jnp.float32) if over else y_bTD
 
     def _experts(self, *rows, w: ExpertWeights, share: float):
         grouped = partial(grouped_experts, ax=self.ax, share=share)

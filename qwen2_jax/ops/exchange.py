@@ -1,8 +1,8 @@
 """Expert parallelism by exchange: a row travels to the devices that hold its experts, and to no others.
 
-Shape letters: R rows of this device, k choices a row, n devices along `expert`. A row that several of a device's experts
-want travels there once, with its weights; they are added up there, and one sum travels back. So no more travels than
-when all rows are gathered everywhere, and less than a copy for each choice would be.
+Shape letters: R rows of this device, k choices a row, n devices along `expert`. A row that several of a device's
+experts want travels there once, with its weights; they are added up there, and one sum travels back. So no more travels
+than when all rows are gathered everywhere, and less than a copy for each choice would be.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def _exchanged(experts: Callable, here: int, x_RD, weight_Rk, expert_Rk, ax: Axe
     room = R * min(k, n)
     sent = copies._replace(copy_C=copies.copy_C[:room])
     tree = tuple(spread(a, sent) for a in (x_RD, weight_Rk, expert_Rk))
-    (x_MD, weight_Mk, expert_Mk), come_n = ax.exchange(tree, copies.sizes_E, EXPERT, n * R)
+    counts_nn = ax.gather(copies.sizes_E[None], EXPERT, 0)
+    x_MD, weight_Mk, expert_Mk = ax.exchange(tree, counts_nn, EXPERT, n * R, most=R)
     own_Mk = expert_Mk - ax.index(EXPERT) * here
-    filled_M = jnp.arange(n * R, dtype=jnp.int32) < come_n.sum()
+    filled_M = jnp.arange(n * R, dtype=jnp.int32) < counts_nn[:, ax.index(EXPERT)].sum()
     own_Mk = jnp.where((own_Mk >= 0) & filled_M[:, None], own_Mk, here)
     y_MD = experts(x_MD, weight_Mk, own_Mk).astype(x_RD.dtype)
-    y_CD, _ = ax.exchange(y_MD, come_n, EXPERT, room)
+    y_CD = ax.exchange(y_MD, counts_nn.T, EXPERT, room, most=R)
     return collect(y_CD, sent)

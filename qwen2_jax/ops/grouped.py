@@ -1,8 +1,8 @@
 """Rows sorted by group, and working off the sorted rows in rounds.
 
-Shape letters: R rows, k choices a row, E groups (experts). A *copy* is one (row, choice) pair, C = R k of them; S copies
-of one round. The copies are sorted by group; a choice numbered E or more is of no group here: its copy comes last, and
-nothing is read from it.
+Shape letters: R rows, k choices a row, E groups (experts). A *copy* is one (row, choice) pair, C = R k of them; S
+copies of one round. The copies are sorted by group; a choice numbered E or more is of no group here: its copy comes
+last, and nothing is read from it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def grouped_matmul(x_CD, w_EOD, sizes_E, how: How):
     `w_EOD` is of x's dtype, in which gradients come back, or a constant `Int8`.
     """
     if isinstance(w_EOD, Int8):
-        y_CO = _product(how, x_CD, w_EOD.values.astype(x_CD.dtype), sizes_E)
+        y_CO: Any = _product(how, x_CD, w_EOD.values.astype(x_CD.dtype), sizes_E)
         group_C = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_CD.shape[0], dtype=jnp.int32), side="right")
         y_CO = y_CO.astype(jnp.float32) * jnp.take(w_EOD.scale, group_C, axis=0, mode="clip")
         return checkpoint_name(y_CO.astype(x_CD.dtype), PRODUCT)

@@ -114,20 +114,19 @@ class Axes:
         """
         return lax.ppermute(x, axes, pairs) if (axes := self.live(names)) else x
 
-    def exchange(self, tree, sizes_n, names: Sequence[str], rows: int):
-        """Send rows to the devices along the one axis of `names` → (what comes, how much from each, int32 [n]).
+    def exchange(self, tree, counts_nn, names: Sequence[str], rows: int, most: int):
+        """Send rows to the devices along the one axis of `names`: counts_nn[s, d] of them from device s to device d.
 
-        Arrays [A, …] hold sizes_n[d] rows for device d, in the order of devices, from their first row on; what comes,
-        [rows, …], lies in the order of senders likewise, zeros behind it, and must fit. The gradient takes the way
-        back. With `names` that the mesh has not got, there is one device.
+        Arrays [A, …] hold the rows for each device, in the order of devices, from the first row on; what comes,
+        [rows, …], lies in the order of senders likewise, zeros behind it, and must fit. No device sends another more
+        than `most`. The way back is `exchange` of `counts_nn.T`, and the gradient's way. Where the mesh has not got the
+        axis, there is one device.
         """
         if not (axes := self.live(names)):
-            sent = jnp.arange(rows, dtype=jnp.int32) < sizes_n[0]
-            return jax.tree.map(lambda x: jnp.where(_column(sent, x), _resized(x, rows), 0), tree), sizes_n
+            sent = jnp.arange(rows, dtype=jnp.int32) < counts_nn[0, 0]
+            return jax.tree.map(lambda x: jnp.where(_column(sent, x), _resized(x, rows), 0), tree)
         (axis,) = axes
-        counts_nn = lax.all_gather(sizes_n, axis)       # from, to
-        come = jax.tree.map(lambda x: _exchange(axis, rows, x, counts_nn), tree)
-        return come, lax.dynamic_index_in_dim(counts_nn, lax.axis_index(axis), 1, keepdims=False)
+        return jax.tree.map(lambda x: _exchange(axis, rows, most, x, counts_nn), tree)
 
     def varying(self, x) -> tuple[str, ...]:
         """Axes over which the devices may hold different values of the array `x`."""
@@ -152,19 +151,19 @@ def _vary(leaf, axes: tuple[str, ...]):
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(axis: str, rows: int, x, counts_nn):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _exchange(axis: str, rows: int, most: int, x, counts_nn):
     return lax.platform_dependent(x, counts_nn, tpu=partial(_exchange_ragged, axis, rows),
-                                  default=partial(_exchange_padded, axis, rows))
+                                  default=partial(_exchange_padded, axis, rows, most))
 
 
-def _exchange_forward(axis: str, rows: int, x, counts_nn):
-    return _exchange(axis, rows, x, counts_nn), (counts_nn, jnp.zeros((x.shape[0], 0)))
+def _exchange_forward(axis: str, rows: int, most: int, x, counts_nn):
+    return _exchange(axis, rows, most, x, counts_nn), (counts_nn, jnp.zeros((x.shape[0], 0)))
 
 
-def _exchange_backward(axis: str, rows: int, saved, g):
+def _exchange_backward(axis: str, rows: int, most: int, saved, g):
     counts_nn, like_x = saved
-    return _exchange(axis, like_x.shape[0], g, counts_nn.T), None
+    return _exchange(axis, like_x.shape[0], most, g, counts_nn.T), None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
@@ -177,9 +176,9 @@ def _exchange_ragged(axis: str, rows: int, x, counts_nn):
     return lax.ragged_all_to_all(x, out, jnp.cumsum(sent_n) - sent_n, sent_n, starts_nn[me], come_n, axis_name=axis)
 
 
-def _exchange_padded(axis: str, rows: int, x, counts_nn):
+def _exchange_padded(axis: str, rows: int, most: int, x, counts_nn):
     """As many rows travel to each device as could be meant for it at most."""
-    me, most = lax.axis_index(axis), min(x.shape[0], rows)
+    me = lax.axis_index(axis)
     sent_n, come_n = counts_nn[me], counts_nn[:, me]
     place_m = jnp.arange(most, dtype=jnp.int32)
     source_nm = (jnp.cumsum(sent_n) - sent_n)[:, None] + place_m[None]

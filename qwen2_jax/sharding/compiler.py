@@ -31,7 +31,7 @@ TPU_TRAINING: Mapping[str, Any] = {
 
 
 def training_options(mesh: Mesh | None) -> dict[str, Any]:
-    """What `jax.jit` of a training step takes as `compiler_options`, where it runs: on a mesh, or the default device."""
+    """What `jax.jit` of a training step takes as `compiler_options`; without a mesh, for the default device."""
     return _known({"tpu": TPU_TRAINING}, mesh)
 
 
