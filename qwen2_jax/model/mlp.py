@@ -17,8 +17,9 @@ from qwen2_jax.sharding.split import Split
 
 def swiglu(x_xD, gate_FD, up_FD, down_DF):
     """down(silu(gate x) * up x); the product of the two branches is taken in float32."""
-    gate_xF, up_xF = (linear(x_xD, w_FD).astype(jnp.float32) for w_FD in (gate_FD, up_FD))
-    return linear((jax.nn.silu(gate_xF) * up_xF).astype(x_xD.dtype), down_DF)
+    x_RD = x_xD.reshape(-1, x_xD.shape[-1])     # rows in one dimension: XLA for TPU multiplies several at half its speed
+    gate_RF, up_RF = (linear(x_RD, w_FD).astype(jnp.float32) for w_FD in (gate_FD, up_FD))
+    return linear((jax.nn.silu(gate_RF) * up_RF).astype(x_xD.dtype), down_DF).reshape(x_xD.shape)
 
 
 class Mlp(nn.Module):
