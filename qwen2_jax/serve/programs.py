@@ -184,17 +184,20 @@ class Programs:
         leaves = jax.tree.leaves(args)
         key = (name, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
-            def local(params, *local_args, ax: Axes):
-                model = Decoder(self.cfg, ax, self.dtype, self.stacked, train=False)
-                return fn(partial(model.apply, {"params": params}), *local_args, ax=ax)
-
-            mapped = per_device(local, self.mesh, (self._param_specs, *in_specs), out_specs)
             began = time.perf_counter()
-            lowered = jax.jit(mapped, donate_argnums=(1,) if donate else ()).lower(self.params, *args)
-            self._compiled[key], was_cached = compile_serving(lowered)
+            lowered = self._lower(fn, in_specs, out_specs, donate, *args)
+            self._compiled[key], was_cached = compile_serving(lowered, self.mesh)
             if not was_cached:
                 self._notify(f"{name} {_describe(name, args)}", time.perf_counter() - began)
         return self._compiled[key](self.params, *args)
+
+    def _lower(self, fn: Callable, in_specs, out_specs, donate: bool, *args) -> jax.stages.Lowered:
+        def local(params, *local_args, ax: Axes):
+            model = Decoder(self.cfg, ax, self.dtype, self.stacked, train=False)
+            return fn(partial(model.apply, {"params": params}), *local_args, ax=ax)
+
+        mapped = per_device(local, self.mesh, (self._param_specs, *in_specs), out_specs)
+        return jax.jit(mapped, donate_argnums=(1,) if donate else ()).lower(self.params, *args)
 
 
 def sample_key(seed, number):
@@ -267,7 +270,8 @@ def _decode(apply: Callable, state: SlotState, stop_ids, steps, *, ax: Axes) -> 
         step, _, state, out = carry
         live_R = state.budget_R > 0
         key_R = jax.vmap(jax.random.fold_in)(state.key_R, state.length_R)
-        token_R, logprob_R = sample(state.logits_RV, state.seen_RV, key_R, state.settings)
+        with jax.named_scope("sample"):
+            token_R, logprob_R = sample(state.logits_RV, state.seen_RV, key_R, state.settings)
         stopped_R = live_R & jnp.any(token_R[:, None] == stop_ids[None], axis=-1)
         out = Decoded(out.token_RC.at[:, step].set(token_R), out.logprob_RC.at[:, step].set(logprob_R),
                       out.count_R + live_R.astype(jnp.int32), out.stopped_R | stopped_R)
