@@ -10,7 +10,7 @@ import jax
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.cache import write
 from qwen2_jax.model.params import normal, weight, zeros
-from qwen2_jax.ops import flash
+from qwen2_jax.ops import cudnn, flash
 from qwen2_jax.ops.attention import attend, attend_cache
 from qwen2_jax.ops.dot import linear
 from qwen2_jax.ops.rope import apply_rope
@@ -72,8 +72,9 @@ class Attention(nn.Module):
             if flash.suits(ax, q_BTNH.dtype, T):
                 out_BTNH = flash.flash_attend(*rows, order=RowOrder.of(ax, split.tokens), ax=ax, **segments, **sliding)
             else:
-                out_BTNH = attend(*rows, slots_BT=context.slots_BT, key_slots_BS=context.key_slots_BS, **segments,
-                                  **sliding)
+                form = cudnn.cudnn_attend if cudnn.suits(ax, q_BTNH.dtype, T, H) else attend
+                out_BTNH = form(*rows, slots_BT=context.slots_BT, key_slots_BS=context.key_slots_BS, **segments,
+                                **sliding)
         else:
             cache = {"k": write(cache["k"], layer, k_BTKH, context.start),
                      "v": write(cache["v"], layer, v_BTKH, context.start)}

@@ -1,8 +1,8 @@
 """Attention over whole rows on NVIDIA GPUs: cuDNN's kernel, by way of `jax.nn.dot_product_attention`.
 
-The kernel knows causality, and otherwise a mask that it reads from memory. So there are two ways: rows of one segment in
-order, padded at their end or not at all, go through it whole, and it skips what causality hides; all else (packed rows,
-windows, a piece of a row) goes through it some queries at a time with a mask, and computes what the mask then hides.
+The kernel knows causality, and otherwise a mask that it reads from memory. So there are two ways: rows of one segment
+in order, padded at their end or not at all, go through it whole, and it skips what causality hides; all else (packed
+rows, windows, a piece of a row) goes some queries at a time with a mask, and what that hides is computed all the same.
 
 Not run on a GPU yet; on CPU the same calls are tested with XLA's form of them.
 """
@@ -36,7 +36,7 @@ def cudnn_attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, se
     """`ops.attention.attend`: the same arguments and result, but what padding at a row's end sees. Where queries are as
     many as keys, they are the row's tokens in order."""
     product = partial(jax.nn.dot_product_attention, implementation=implementation)
-    B, T = q_BTNH.shape[:2]
+    T = q_BTNH.shape[1]
 
     def masked(q_BtNH, mask_BtS):
         return product(q_BtNH, k_BSKH, v_BSKH, mask=mask_BtS[:, None])
