@@ -77,9 +77,9 @@ class HfReader:
     def dtype(self, slot: Slot) -> np.dtype:
         return self._stored[slot.name].dtype
 
-    def rows(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the tensor's first axis, in its stored dtype, as a new array."""
-        return self._stored[slot.name].rows(start, stop)
+    def rows(self, slot: Slot, start: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Rows [start, stop) of the tensor's first axis, or `columns` of them, in its stored dtype, as a new array."""
+        return self._stored[slot.name].rows(start, stop, columns)
 
 
 def _files(src: Path) -> list[Path]:

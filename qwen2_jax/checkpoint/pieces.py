@@ -14,6 +14,8 @@ import numpy as np
 from qwen2_jax.checkpoint.names import Slot
 
 PIECE_BYTES = 16 * 2**20
+PART_BYTES = 2**20
+"""Of a piece on disk, what can be read without the rest: what a device of a large mesh wants is a small part of it."""
 AHEAD = 3
 
 
@@ -22,8 +24,9 @@ class Reader(Protocol):
 
     def dtype(self, slot: Slot) -> np.dtype: ...
 
-    def rows(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the tensor's first axis, in its stored dtype. Raises UserError for damaged files."""
+    def rows(self, slot: Slot, start: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Rows [start, stop) of the tensor's first axis, of a matrix only `columns` where that is given, in its stored
+        dtype. Raises UserError for damaged files."""
         ...
 
 
@@ -47,6 +50,16 @@ def block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     count = math.ceil(shape[0] / max(1, PIECE_BYTES // row))
     even = next((n for n in range(count, 2 * count) if shape[0] % n == 0), count)
     return math.ceil(shape[0] / even)
+
+
+def part_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Rows a part of a piece: a divisor of `block_rows`, about PART_BYTES of them."""
+    piece, row = block_rows(shape, dtype), max(1, math.prod(shape[1:]) * dtype.itemsize)
+    divisors = [n for n in range(1, piece + 1) if piece % n == 0]
+    fitting = [n for n in divisors if n * row <= PART_BYTES]
+    if fitting and fitting[-1] * row * 8 > PART_BYTES:
+        return fitting[-1]
+    return next((n for n in divisors if n * row > PART_BYTES), piece)     # too large rather than thousands of crumbs
 
 
 def blocks(shape: tuple[int, ...], dtype: np.dtype) -> list[tuple[int, int]]:

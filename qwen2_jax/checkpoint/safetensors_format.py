@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from qwen2_jax.errors import UserError
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+SMALLEST_READ = 4096
+"""Bytes of a row below which whole rows are read: storage gives no less than a page."""
 _HEADER_LIMIT = 100_000_000  # the reference reader refuses more
 
 
@@ -38,23 +40,37 @@ class StoredTensor:
     def dtype(self) -> np.dtype:
         return DTYPES[self.code]
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Reads rows [start, stop) of the first axis into a new array; raises UserError when the file is too short."""
-        width = math.prod(self.shape[1:])
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        view = out.reshape(-1).view(np.uint8).data
-        offset = self.begin + start * width * self.dtype.itemsize
+    def rows(self, start: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Reads rows [start, stop) of the first axis, of a matrix only `columns` where that is given (a slice of step
+        1), into a new array; raises UserError when the file is too short."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        first, last, _ = (columns or slice(None)).indices(self.shape[1]) if len(self.shape) == 2 else (0, 0, 1)
+        wanted = (last - first) * self.dtype.itemsize
+        if columns is None or wanted == row:
+            out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+            self._read(out.reshape(-1), [(self.begin + start * row, (stop - start) * row)])
+        elif wanted < SMALLEST_READ:
+            out = np.ascontiguousarray(self.rows(start, stop)[:, columns])
+        else:
+            out = np.empty((stop - start, last - first), self.dtype)
+            begin = self.begin + first * self.dtype.itemsize
+            self._read(out.reshape(-1), [(begin + i * row, wanted) for i in range(start, stop)])
+        return out
+
+    def _read(self, out: np.ndarray, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fills `out` from byte ranges (offset, size) of the file, one after the other."""
+        view, done = out.view(np.uint8).data, 0
         try:
             with open(self.file, "rb", buffering=0) as f:
-                done = 0
-                while done < len(view):
-                    n = os.preadv(f.fileno(), [view[done:]], offset + done)
-                    if n == 0:
-                        raise UserError(f"{self.file} ended before byte {offset + len(view)}: it was cut short")
-                    done += n
+                for offset, size in ranges:
+                    end = done + size
+                    while done < end:
+                        n = os.preadv(f.fileno(), [view[done:end]], offset + size - (end - done))
+                        if n == 0:
+                            raise UserError(f"{self.file} ended before byte {offset + size}: it was cut short")
+                        done += n
         except OSError as e:
             raise UserError(f"cannot read {self.file}: {e.strerror}") from e
-        return out
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

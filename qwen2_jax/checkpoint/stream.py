@@ -2,10 +2,10 @@
 
 `StandardCheckpointer.save` wants whole arrays, and a stack of all layers or experts is many times the largest Hugging
 Face tensor. So Orbax itself writes the skeleton of the checkpoint (its metadata files) from one-element arrays of the
-same tree, and each array folder is then replaced by a Zarr array of the true shape whose chunks hold rows of one layer
-and one expert. The skeleton is written from numpy arrays: such a checkpoint names no device, so plain
-`StandardCheckpointer().restore(path)` opens it on any platform, and with a target of sharded `ShapeDtypeStruct`s each
-process reads its own chunks.
+same tree, and each array folder is then replaced by a Zarr array of the true shape whose files hold rows of one layer
+and one expert, in parts that can be read one by one (Zarr 3, codec `sharding_indexed`), each with a checksum. The
+skeleton is written from numpy arrays: such a checkpoint names no device, so plain `StandardCheckpointer().restore(path)`
+opens it on any platform, and with a target of sharded `ShapeDtypeStruct`s each process reads its own parts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy by name
 import numpy as np
@@ -22,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from qwen2_jax.checkpoint.names import Slot
-from qwen2_jax.checkpoint.pieces import block_rows
+from qwen2_jax.checkpoint.pieces import block_rows, part_rows
 from qwen2_jax.checkpoint.tree import nested
 from qwen2_jax.errors import UserError
 
@@ -42,23 +43,20 @@ class TreeWriter:
                  dtypes: Sequence[np.dtype]):
         leaf_dtypes = {slot.path: dtype for slot, dtype in zip(slots, dtypes, strict=True)}
         skeleton = nested({path: np.zeros(1, dtype) for path, dtype in leaf_dtypes.items()})
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(skeleton))
         self._arrays: dict[str, ts.TensorStore] = {}
         for slot in slots:
             if slot.path in self._arrays:
                 continue
             array, dtype = folder / slot.path.replace("/", "."), leaf_dtypes[slot.path]
-            if not (array / ".zarray").exists():
+            if not (array / "zarr.json").exists():
                 raise AssertionError(f"Orbax did not lay out {array} as one Zarr array a folder")
             shutil.rmtree(array)
-            chunk = [1] * len(slot.index) + [block_rows(slot.shape, dtype), *slot.shape[1:]]
             self._arrays[slot.path] = ts.open({
-                "driver": "zarr", "kvstore": {"driver": "file", "path": str(array)},
-                "metadata": {"shape": shapes[slot.path], "chunks": chunk, "dtype": _zarr_name(dtype),
-                             "fill_value": None, "compressor": {"id": "zstd", "level": 1},
-                             "dimension_separator": "."},
-                "create": True}, context=_LATER).result()
+                "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array}/"}, "create": True,
+                "metadata": _layout(shapes[slot.path], slot, dtype),
+                "store_data_equal_to_fill_value": True}, context=_LATER).result()
         self._waiting: collections.deque[ts.Future] = collections.deque()
 
     def write(self, slot: Slot, start: int, piece: np.ndarray) -> None:
@@ -129,16 +127,28 @@ class TreeReader:
     def dtype(self, slot: Slot) -> np.dtype:
         return self._arrays[slot.path].dtype.numpy_dtype
 
-    def rows(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the slot's first axis, in the stored dtype, as a new array."""
+    def rows(self, slot: Slot, start: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Rows [start, stop) of the slot's first axis, or `columns` of them, in the stored dtype, as a new array."""
+        wanted = (*slot.index, slice(start, stop), *(() if columns is None else (columns,)))
         try:
-            return self._arrays[slot.path][(*slot.index, slice(start, stop))].read().result()
+            return self._arrays[slot.path][wanted].read().result()
         except (ValueError, RuntimeError) as e:
             raise UserError(f"{self.folder}: {slot.path} cannot be read: {_first_line(e)}") from e
 
 
-def _zarr_name(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype.name == "bfloat16" else dtype.str
+def _layout(shape: Sequence[int], slot: Slot, dtype: np.dtype) -> dict[str, Any]:
+    """Zarr's metadata of an array: a file is a piece of one layer and one expert, and consists of parts."""
+    def rows(count: int) -> list[int]:
+        return [*(1 for _ in slot.index), count, *slot.shape[1:]]
+
+    part = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 1}},
+            {"name": "crc32c"}]
+    return {
+        "shape": list(shape), "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": rows(block_rows(slot.shape, dtype))}},
+        "codecs": [{"name": "sharding_indexed",
+                    "configuration": {"chunk_shape": rows(part_rows(slot.shape, dtype)), "codecs": part}}],
+    }
 
 
 def _first_line(e: Exception) -> str:

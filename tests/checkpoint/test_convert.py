@@ -238,7 +238,7 @@ def test_pieces_much_smaller_than_tensors_change_nothing(hf_folder, tensors, tmp
 
     monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
     convert(hf_folder("dense"), tmp_path / "orbax", to="orbax", dtype="float32")
-    assert len(list((tmp_path / "orbax/params/embed.table").glob("*.*"))) > 20
+    assert len(list((tmp_path / "orbax/params/embed.table").glob("c/*/*"))) > 20
     convert(tmp_path / "orbax", tmp_path / "hf", to="safetensors", dtype="bfloat16")
     assert tensors(tmp_path / "hf") == tensors(hf_folder("dense"))
 
@@ -248,10 +248,10 @@ def test_an_error_while_pieces_are_being_written_leaves_nothing(attempt, hf_fold
     """The writes under way when the reader fails must not put files into the folder that is being removed."""
     read, count = StoredTensor.rows, iter(range(1000))
 
-    def fail_late(self, start, stop):
+    def fail_late(self, start, stop, columns=None):
         if next(count) == 10 + attempt:
             raise UserError("damaged")
-        return read(self, start, stop)
+        return read(self, start, stop, columns)
 
     monkeypatch.setattr(StoredTensor, "rows", fail_late)
     with pytest.raises(UserError, match="damaged"):

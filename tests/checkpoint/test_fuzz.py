@@ -82,8 +82,8 @@ def orbax(hf_folder, tmp_path_factory):
     return folder
 
 
-ORBAX_FILES = ("params/_METADATA", "params/embed.table/.zarray", "params/layers_0.mlp.up/.zarray",
-               "params/layers_0.mlp.up/1.0.0", "qwen2_jax.json", "generation_config.json")
+ORBAX_FILES = ("params/_METADATA", "params/embed.table/zarr.json", "params/layers_0.mlp.up/zarr.json",
+               "params/layers_0.mlp.up/c/1/0/0", "qwen2_jax.json", "generation_config.json")
 
 
 @settings(max_examples=EXAMPLES // 2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

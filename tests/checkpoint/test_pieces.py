@@ -1,6 +1,8 @@
 import itertools
+import math
 import threading
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from qwen2_jax.checkpoint import pieces
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.errors import UserError
 
-F32 = np.dtype(np.float32)
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
 @given(st.integers(1, 200_000), st.integers(1, 20_000))
@@ -25,6 +27,18 @@ def test_blocks_tile_the_rows_and_stay_small(rows, width):
 def test_blocks_are_even_where_that_is_possible():
     for shape in ((152064, 8192), (18944, 3584), (29568, 8192)):
         assert len({stop - start for start, stop in pieces.blocks(shape, F32)}) == 1
+
+
+@pytest.mark.parametrize("shape, rows", [
+    ((3584, 3584), 128), ((18944, 3584), 74), ((3584, 18944), 16), ((29568, 8192), 44), ((8192, 29568), 16),
+    ((151936, 896), 1187),      # 4 rows or 1,187: too large a part rather than a thousand small ones
+    ((151936, 8192), None), ((3584,), 3584), ((7, 3), 7),
+])
+def test_parts_divide_pieces(shape, rows):
+    part, piece = pieces.part_rows(shape, BF16), pieces.block_rows(shape, BF16)
+    assert piece % part == 0 and (rows is None or part == rows)
+    size = part * math.prod(shape[1:]) * 2
+    assert part == piece or pieces.PART_BYTES // 8 < size <= 4 * pieces.PART_BYTES
 
 
 class Memory:

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from qwen2_jax.checkpoint import pieces
 from qwen2_jax.checkpoint.convert import convert
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.source import open_checkpoint
@@ -58,10 +59,16 @@ def test_plain_orbax_restores_it_in_a_process_without_qwen2_jax(kind, hf_folder,
     assert restored.keys() == {slot.path for slot in checkpoint.slots}
 
 
-def test_chunks_hold_rows_of_one_layer_and_one_expert(hf_folder, tmp_path):
+def test_files_hold_rows_of_one_layer_and_one_expert_in_parts(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 512)     # eight of the sixteen rows
+    monkeypatch.setattr(pieces, "PART_BYTES", 150)      # two rows
     convert(hf_folder("moe"), tmp_path / "dst", to="orbax")
-    array = json.loads((tmp_path / "dst/params/layers_0.moe.up/.zarray").read_text())
-    assert array["shape"] == [5, 4, 16, 32] and array["chunks"] == [1, 1, 16, 32] and array["dtype"] == "bfloat16"
+    folder = tmp_path / "dst/params/layers_0.moe.up"
+    array = json.loads((folder / "zarr.json").read_text())
+    assert array["shape"] == [5, 4, 16, 32] and array["data_type"] == "bfloat16"
+    assert array["chunk_grid"]["configuration"]["chunk_shape"] == [1, 1, 8, 32]
+    assert array["codecs"][0]["configuration"]["chunk_shape"] == [1, 1, 2, 32]
+    assert len([file for file in folder.rglob("*") if file.is_file()]) == 1 + 5 * 4 * 2
 
 
 def write(folder, tree, slots):
@@ -84,17 +91,20 @@ def test_values_equal_to_the_fill_value_are_stored_too(tmp_path):
 
 def test_a_lost_chunk_is_an_error_and_not_zeros(hf_folder, tmp_path):
     convert(hf_folder("dense"), tmp_path / "dst", to="orbax")
-    (tmp_path / "dst/params/layers_0.mlp.up/1.0.0").unlink()
+    (tmp_path / "dst/params/layers_0.mlp.up/c/1/0/0").unlink()
     with pytest.raises(UserError, match=r"layers_0\.mlp\.up lacks some of its chunks"):
         convert(tmp_path / "dst", tmp_path / "hf", to="safetensors")
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise"])
-def test_a_damaged_chunk_is_named(damage, hf_folder, tmp_path):
+@pytest.mark.parametrize("damage, found", [("cut", r"layers_0\.mlp\.up cannot be opened"),
+                                           ("flipped", r"layers_0/mlp/up cannot be read")])
+def test_a_damaged_chunk_is_named(damage, found, hf_folder, tmp_path):
     convert(hf_folder("dense"), tmp_path / "dst", to="orbax")
-    chunk = tmp_path / "dst/params/layers_0.mlp.up/1.0.0"
-    chunk.write_bytes(chunk.read_bytes()[:50] if damage == "cut" else b"\x07" * 50)
-    with pytest.raises(UserError, match=r"layers_0/mlp/up cannot be read") as error:
+    chunk = tmp_path / "dst/params/layers_0.mlp.up/c/1/0/0"
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1       # a single bit of a weight, which decompresses all the same
+    chunk.write_bytes(data[:50] if damage == "cut" else data)
+    with pytest.raises(UserError, match=found) as error:
         convert(tmp_path / "dst", tmp_path / "hf", to="safetensors")
     assert "\n" not in str(error.value) and not list(tmp_path.glob("hf*"))
 
