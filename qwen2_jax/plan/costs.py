@@ -48,17 +48,36 @@ def _splash(products: int) -> Flops:
     """Causal attention of q [..., N, T, H] over k [..., K, S, H]: `products` matrix products of T x S x H a head, half
     of each masked away."""
     def flops(operands: list[Array]) -> float:
-        # Tables of blocks come first and are of whole numbers.
-        (*rows, T, H), (*_, S, _) = [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
+        (*rows, T, H), (*_, S, _) = _floating(operands)
         return products * 2 * math.prod(rows) * T * S * H / 2
 
     return flops
+
+
+def _grouped(operands: list[Array]) -> float:
+    """Rows [C, D], each times the matrix of its group [E, …], D of it summed: as if every row were of a group."""
+    (rows, _), (_, *matrix) = _floating(operands)
+    return 2 * rows * math.prod(matrix)
+
+
+def _grouped_gradient(operands: list[Array]) -> float:
+    """The gradient of each group's matrix, from rows [C, O] and [C, D]; one of them may lie transposed."""
+    first, second = _floating(operands)
+    rows = next(n for n in first if n in second)
+    return 2 * math.prod(first) * math.prod(second) / rows
+
+
+def _floating(operands: list[Array]) -> list[tuple[int, ...]]:
+    """The first two arrays of real numbers: tables of blocks and groups come first and are of whole ones."""
+    return [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
 
 
 KERNELS: Mapping[str, Flops] = {
     r"splash_m[hq]a_fwd": _splash(2),              # scores; their product with the values
     r"splash_m[hq]a_dq": _splash(3),               # scores, the gradient of scores, that of queries
     r"splash_m[hq]a_dkv": _splash(4),              # scores and their gradient, those of keys and of values
+    r"jit\(gmm\)": _grouped,
+    r"jit\(tgmm\)": _grouped_gradient,
 }
 """Kernel's name → its arithmetic. The names are those of jax.experimental.pallas.ops.tpu."""
 FUSED_BACKWARD = _splash(5)

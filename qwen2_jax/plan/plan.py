@@ -135,8 +135,8 @@ def mesh_text(mesh: Mesh) -> str:
 
 def _annotated(found: Compiled, program: Lowered) -> str:
     """The compiled text, headed by what it leaves open."""
-    lines = [f"// The loops in '{part}' whose bounds are computed are taken to turn {turns:g} times."
-             for part, turns in program.loops.items()]
+    lines = [f"// Loops with computed bounds in scopes like '{pattern}' are taken to turn {turns:g} times."
+             for pattern, turns in program.loops.items()]
     if program.repeats > 1:
         lines.append(f"// The program runs {program.repeats} times a step.")
     return "\n".join([*lines, found.text])

@@ -7,6 +7,7 @@ the machine that compiles.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,14 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model.cache import cache_slots
 from qwen2_jax.model.decoder import Remat, abstract_params, param_specs
 from qwen2_jax.ops.attention import KEY_BLOCK
+from qwen2_jax.ops.grouped_matmul import TILE_ROWS
 from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule
 from qwen2_jax.plan.compiled import Buffer
 from qwen2_jax.plan.flops import Mode
 from qwen2_jax.plan.hlo import Instruction
 from qwen2_jax.serve.programs import Programs, PromptState, SlotState
 from qwen2_jax.serve.scheduler import PREFILL_CHUNKS
-from qwen2_jax.sharding.axes import BATCH, CONTEXT, Axes
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, EXPERT, Axes
 from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, TOKENS_SPEC, make_mesh, shardings
 from qwen2_jax.train.losses import NextTokenLoss
 from qwen2_jax.train.step import TrainState, make_step
@@ -63,12 +65,12 @@ class Lowered:
     repeats: int
     """Runs of the program that make the step: chunks of prompts, in prefill."""
     loops: dict[str, float]
-    """Part of a scope → turns of those loops in it whose bound is computed while they run."""
+    """Pattern of scopes → turns of loops there whose bound is computed while they run; the first that matches holds."""
     arguments: list[Buffer]
     """What a device is handed, the largest first, without the padding of layouts."""
 
     def assumed(self, loop: Instruction) -> float | None:
-        return next((turns for part, turns in self.loops.items() if part in loop.scope), None)
+        return next((turns for pattern, turns in self.loops.items() if re.search(pattern, loop.scope)), None)
 
 
 def mesh_of(spec: str, devices: Sequence[Any]) -> Mesh:
@@ -113,9 +115,8 @@ def _train(task: Task, mesh: Mesh) -> Lowered:
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = TrainState(params, moments, count)
     step = make_step(loss, optimizer, schedule(settings), mesh=mesh)
-    # A router that favours nobody: experts need one round.
     batch: Any = PackedBatch(ids, ids, ids, ids, weights)       # pyright: ignore[reportArgumentType]
-    return Lowered(step.lower(state, batch), 1, {"moe": 0.0}, _buffers((state, batch)))
+    return Lowered(step.lower(state, batch), 1, _experts(task, mesh, task.batch * task.seq), _buffers((state, batch)))
 
 
 class _Lowering(Programs):
@@ -148,7 +149,8 @@ def _decode(task: Task, mesh: Mesh) -> Lowered:
     programs, slots = _programs(task, mesh), cache_slots(task.seq)
     state: SlotState = programs.new_state(task.batch, slots)
     lowered: Any = programs.decode(state, task.cfg.stop_ids, 1)
-    return Lowered(lowered, 1, {"moe": 0.0, "attention": slots / KEY_BLOCK, "while": 1.0},
+    loops = _experts(task, mesh, task.batch)
+    return Lowered(lowered, 1, loops | {"attention": slots / KEY_BLOCK, "while": 1.0},
                    _buffers((programs.params, state)))
 
 
@@ -165,10 +167,20 @@ def _prefill(task: Task, mesh: Mesh) -> Lowered:
     lowered: Any = programs.prefill(prompt, *(_like(x, where) for x in (ids, row, row, flag, flag)))
     # The i-th chunk reads the blocks up to its own end.
     blocks = sum(min(slots, (i + 1) * width) for i in range(chunks)) / chunks / KEY_BLOCK
-    return Lowered(lowered, chunks * (task.batch // n), {"moe": 0.0, "attention": blocks},
+    return Lowered(lowered, chunks * (task.batch // n), _experts(task, mesh, n * width) | {"attention": blocks},
                    _buffers((programs.params, prompt)))
 
 
+
+
+def _experts(task: Task, mesh: Mesh, tokens: int) -> dict[str, float]:
+    """Turns of the loops of experts, for a router that favours none: each has its share of the `tokens` that all
+    devices run together, in tiles where there is no kernel, and no device needs a second round."""
+    moe, ax = task.cfg.moe, Axes.of(mesh)
+    if moe is None:
+        return {}
+    meet = tokens / ax.size(BATCH + CONTEXT) * ax.size(EXPERT)
+    return {r"\bmoe\b.*\bwhile\b.*\bwhile\b": math.ceil(meet * moe.top_k / moe.experts / TILE_ROWS), r"\bmoe\b": 0.0}
 
 
 def chunk_width(tokens: int) -> int:

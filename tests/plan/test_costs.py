@@ -79,6 +79,23 @@ def test_attention_kernels(name, results, products):
     assert found.by_part == {("attention", "forward"): found.kernels}
 
 
+@pytest.mark.parametrize(("name", "operands", "result"), [
+    ("gmm", "bf16[8192,3584] bf16[16,2560,3584]", "bf16[8192,2560]"),
+    ("gmm", "bf16[8192,3584] bf16[16,3584,2560]", "bf16[8192,2560]"),
+    ("tgmm", "bf16[8192,2560] bf16[8192,3584]", "bf16[16,2560,3584]"),
+    ("tgmm", "bf16[2560,8192] bf16[8192,3584]", "bf16[16,2560,3584]"),
+])
+def test_grouped_products(name, operands, result):
+    lhs, rhs = operands.split()
+    text = f"""  %table = s32[35]{{0}} parameter(1)
+  %lhs = {lhs} parameter(2)
+  %rhs = {rhs} parameter(3)
+  %{name}.6 = {result} custom-call(%table, %lhs, %rhs), custom_call_target="tpu_custom_call", \
+metadata={{op_name="jit(step)/layers_0/moe/moe/jit({name})/pallas_call"}}"""
+    expected = 2 * 8192 * 3584 * 2560 / (KERNEL_EFFICIENCY * V5E.flops)
+    assert spent(costs_of("", text), none).kernels == pytest.approx(expected)
+
+
 def test_a_kernel_that_only_reads_is_bound_by_bandwidth():
     text = splash("splash_mha_fwd", "bf16[2,7,128,128]").replace("4096", "128")
     moved = 16 + 2 * (2 * 7 + 2 + 2) * 128 * 128 + 2 * 2 * 7 * 128 * 128
