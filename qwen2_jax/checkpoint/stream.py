@@ -4,7 +4,7 @@
 Face tensor. So Orbax itself writes the skeleton of the checkpoint (its metadata files) from one-element arrays of the
 same tree, and each array folder is then replaced by a Zarr array of the true shape whose files hold rows of one layer
 and one expert, in parts that can be read one by one (Zarr 3, codec `sharding_indexed`), each with a checksum. The
-skeleton is written from numpy arrays: such a checkpoint names no device, so plain `StandardCheckpointer().restore(path)`
+skeleton is written from numpy arrays: such a checkpoint names no device, so `StandardCheckpointer().restore(path)`
 opens it on any platform, and with a target of sharded `ShapeDtypeStruct`s each process reads its own parts.
 """
 

@@ -6,12 +6,13 @@ import argparse
 import codecs
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qwen2_jax.cli.model_flags import add_model_flags, add_sampling_flags, load_model, sampling_settings
+from qwen2_jax.cli.model_flags import add_model_flags, add_sampling_flags, join_processes, load_model, sampling_settings
 from qwen2_jax.cli.output import records
 from qwen2_jax.errors import UserError
 
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     inputs = [{"prompt": prompt} for prompt in args.prompt] if args.input is None else _read(args.input)
     as_json = args.json or args.input is not None or args.output is not None
     settings = sampling_settings(args)
-    with records(args.output) as out:
+    speaks = join_processes(args)
+    with records(args.output if speaks else os.devnull) as out:
         lm = load_model(args)
         prepared = [_prepare(lm, item, args) for item in inputs]
         if args.input is None and (wrong := [r.error for r in prepared if r.error]):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
+
+from qwen2_jax.errors import UserError
+from qwen2_jax.sharding.roll_call import COORDINATOR
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "truncate", "n")
 
@@ -46,6 +50,21 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
     check_settings(**settings)
     return settings
+
+
+def join_processes(args: argparse.Namespace) -> bool:
+    """Join the other processes of the program, if there are any (sharding/distributed.py): whether this one speaks.
+
+    Raises UserError: a process is absent, or --mesh does not say how several share the work.
+    """
+    if not os.environ.get(COORDINATOR):
+        return True     # JAX is not needed to know that
+    from qwen2_jax.sharding import distributed
+
+    distributed.start()
+    if distributed.count() > 1 and not args.mesh:
+        raise UserError(f"{distributed.count()} processes were started: --mesh must say how they share the work")
+    return distributed.is_first()
 
 
 def load_model(args: argparse.Namespace):

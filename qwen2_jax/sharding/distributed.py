@@ -79,6 +79,11 @@ def is_first() -> bool:
     return (global_state.process_id or 0) == 0
 
 
+def count() -> int:
+    """Processes of this program. Touches no device."""
+    return global_state.num_processes or 1
+
+
 def exchange(subject: str, mine: Any, *, seconds: float) -> list[Any]:
     """Every process's `mine` (JSON), in the order of their numbers, on all of them; [mine] for one process.
 
@@ -90,7 +95,7 @@ def exchange(subject: str, mine: Any, *, seconds: float) -> list[Any]:
         return [mine]
     client.key_value_set(f"qwen2_jax/{subject}/{global_state.process_id}", json.dumps(mine))
     found = []
-    for number in range(global_state.num_processes or 1):
+    for number in range(count()):
         try:
             text = client.blocking_key_value_get(f"qwen2_jax/{subject}/{number}", int(seconds * 1000))
         except jax.errors.JaxRuntimeError as e:

@@ -51,8 +51,8 @@ def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> 
 
     Where the devices are of several TPU slices, the outer part of `data` goes over these, and nothing else does.
 
-    Raises UserError for an axis that is unknown, repeated or not a positive number, for more devices than there are, or
-    for a mesh of which more than `data` would cross slices.
+    Raises UserError for an axis that is unknown, repeated or not a positive number, for more devices than there are,
+    for a mesh that leaves a process without a device, or of which more than `data` would cross slices.
     """
     if spec is None:
         return None
@@ -63,10 +63,13 @@ def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> 
     sizes = parse_mesh(spec)
     if not sizes:
         return None
-    devices = list(jax.devices() if devices is None else devices)
+    given, devices = devices is not None, list(jax.devices() if devices is None else devices)
     need = math.prod(itertools.chain.from_iterable(sizes.values()))
     if need > len(devices):
         raise UserError(f"mesh '{spec}' needs {need} devices, this machine has {len(devices)}")
+    if not given and (idle := {d.process_index for d in devices} - {d.process_index for d in devices[:need]}):
+        raise UserError(f"mesh '{spec}' takes {need} of {len(devices)} devices, and none of process "
+                        f"{', '.join(map(str, sorted(idle)))}: start fewer processes, or take a larger mesh")
     slices = _slices(devices[:need], sizes.get("data", (1,))[0], spec)
     if len(sizes.get("fsdp", ())) == 1:
         sizes["fsdp"] = spread(sizes["fsdp"][0], torus(slices[0]))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.pod import serving
+from tests.serve.models import write_checkpoint, write_tokenizer
 from tools.sameness import MODELS, TOLERANCE, Outcome, beyond, difference
 
 CASES = ((2, "dense", "fsdp=2x2,tensor=2"), (2, "moe untied", "data=2,expert=4"),
@@ -33,6 +34,21 @@ def launch(process_env, processes, devices, *module):
          sys.executable, "-m", *map(str, module)],
         cwd=ROOT, env=process_env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_command_line_writes_once(process_env, tmp_path):
+    """Process 0 writes, what one process writes; without --mesh the processes are told to share the work."""
+    folder = write_checkpoint(tmp_path, "dense", write_tokenizer(tmp_path / "tokenizer"))
+    said = {}
+    for name, mesh in (("one", []), ("two", ["--mesh", "data=2,tensor=2"])):
+        argv = ["qwen2_jax", "generate", "--model", folder, "--prompt", "a b", "--prompt", "import", "--temperature", 0,
+                "--max-new-tokens", 6, "--output", tmp_path / name, *mesh]
+        launch(process_env, 1 if name == "one" else 2, 2, *argv)
+        said[name] = (tmp_path / name).read_text()
+    assert said["one"] == said["two"] and said["one"].count("\n") == 2
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(AssertionError, match="2 processes were started: --mesh must say how they share the work"):
+        launch(process_env, 2, 2, "qwen2_jax", "generate", "--model", folder, "--prompt", "a")
 
 
 def test_every_process_hears_the_same(process_env, tmp_path):

@@ -87,6 +87,17 @@ def test_only_data_goes_across_slices():
             make_mesh(spec, chips)
 
 
+def test_no_process_is_left_out(monkeypatch):
+    chips = [SliceChip(n) for n in range(4)]
+    for chip in chips[2:]:
+        chip.process_index = 1
+    assert make_mesh("data=2", chips).size == 2     # devices that somebody names, to compile for
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    assert make_mesh("data=2,tensor=2").size == 4
+    with pytest.raises(UserError, match="mesh 'data=2' takes 2 of 4 devices, and none of process 1: start fewer"):
+        make_mesh("data=2")
+
+
 @pytest.mark.parametrize("spec, message", [
     ("model=2", "mesh axis 'model' in 'model=2' is not supported: data, fsdp, expert, context, tensor are"),
     ("fsdp_x=2", "mesh axis 'fsdp_x'"),
