@@ -26,34 +26,30 @@ Key = str
 
 
 @dataclass(frozen=True)
-class Collective:
-    """All collectives of one kind over the same axes, added up: a device and a step."""
-
-    kind: str
-    axes: tuple[str, ...]
-    """Dimensions of the torus."""
-    mesh_axes: tuple[str, ...]
-    count: int
-    bytes: int
-    """Full buffers: what a gather ends with, what a scatter or a sum starts with."""
-    wire_bytes: int
-    seconds: float
-    exposed_seconds: float
-
-    def plain(self) -> dict[str, Any]:
-        return {**self.__dict__, "axes": list(self.axes), "mesh_axes": list(self.mesh_axes)}
-
-
-@dataclass(frozen=True)
 class Found:
     """One collective as it is written."""
 
     kind: str
     axes: tuple[str, ...]
+    """Dimensions of the torus."""
     mesh_axes: tuple[str, ...]
     bytes: float
+    """Full buffers: what a gather ends with, what a scatter or a sum starts with."""
     wire_bytes: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Collective(Found):
+    """All collectives of one kind over the same axes, added up: a device and a step."""
+
+    count: int
+    exposed_seconds: float
+
+    def plain(self) -> dict[str, Any]:
+        return {"kind": self.kind, "axes": list(self.axes), "mesh_axes": list(self.mesh_axes), "count": self.count,
+                "bytes": self.bytes, "wire_bytes": self.wire_bytes, "seconds": self.seconds,
+                "exposed_seconds": self.exposed_seconds}
 
 
 @dataclass
@@ -99,8 +95,8 @@ class Ledger:
 
     def collectives(self) -> list[Collective]:
         """Longest first."""
-        rows = [Collective(kind, axes, mesh_axes, round(total[0]), round(total[1]), round(total[2]), *total[3:])
-                for (kind, axes, mesh_axes), total in self._totals.items()]
+        rows = [Collective(*key, round(size), round(wire), seconds, count=round(count), exposed_seconds=exposed)
+                for key, (count, size, wire, seconds, exposed) in self._totals.items()]
         return sorted(rows, key=lambda row: (-row.seconds, row.kind, row.mesh_axes))
 
     def _add(self, found: Found, times: float) -> None:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen2_jax import __version__
+from qwen2_jax.errors import UserError
 from qwen2_jax.plan.compiled import Buffer, Compiled, OutOfMemory, compile_for_tpu, no_cache
 from qwen2_jax.plan.costs import Costs, Spent, spent
 from qwen2_jax.plan.flops import model_flops
@@ -98,7 +99,10 @@ def make_plan(model: str, task: Task, topology: Topology, mesh_spec: str, *, say
     holds something that has no price here.
     """
     devices = tpu_devices(topology)
-    mesh = mesh_of(mesh_spec, devices)
+    try:
+        mesh = mesh_of(mesh_spec, devices)
+    except UserError as error:      # told of this program's devices, which these are not
+        raise UserError(str(error).replace("this machine has", f"{topology} has")) from None
     say(f"tracing {model} for {topology}, mesh {mesh_text(mesh)}")
     with no_cache():
         program = lower(task, mesh)

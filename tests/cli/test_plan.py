@@ -51,9 +51,43 @@ def test_without_libtpu(call, folder, monkeypatch):
     assert done.returncode == 2 and 'pip install "qwen2_jax[tpu]"' in done.stderr
 
 
+def test_a_mesh_that_is_too_large(call, folder):
+    pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
+    done = call("plan", folder, "--topology", "v5e:2x2", "--mesh", "fsdp=8")
+    assert done.returncode == 2 and "mesh 'fsdp=8' needs 8 devices, v5e:2x2 has 4" in done.stderr
+
+
+def test_a_topology_that_libtpu_refuses(call, folder):
+    pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
+    done = call("plan", folder, "--topology", "v5e:3x5")
+    assert done.returncode == 2 and "refuses the topology 'v5e:3x5'" in done.stderr and "v5e:4x4" in done.stderr
+
+
 def test_an_unknown_model(call):
     done = call("plan", "Qwen2-8B", "--topology", "v5e-4")
     assert done.returncode == 2 and "did you mean Qwen2-7B" in done.stderr
+
+
+NAMES = ("model topology chips devices mesh mode seq batch argument_bytes temp_bytes peak_bytes hbm_bytes fits "
+         "collectives model_flops_per_device fusion_seconds kernel_seconds exposed_collective_seconds "
+         "predicted_seconds predicted_mfu compile_seconds versions").split()
+"""Fields of `--json`, which others script against."""
+
+
+@pytest.mark.optax
+def test_what_does_not_fit_is_an_answer(call):
+    """1.5 billion parameters of twelve bytes; the compiler says so within seconds."""
+    pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform, or the extra `tpu` is not installed")
+    asked = ("plan", "Qwen2-1.5B", "--topology", "v5e-1", "--seq", "1024")
+    done = call(*asked)
+    assert done.returncode == 0, done.stderr
+    for part in ("does not fit: needs ", " of 15.75 GiB a device", "largest buffers", "smallest mesh that fits: ",
+                 "estimated, not compiled"):
+        assert part in done.stdout
+    found = json.loads(call(*asked, "--json").stdout)
+    assert list(found) == NAMES
+    assert (found["fits"], found["predicted_seconds"], found["collectives"]) == (False, None, None)
+    assert found["peak_bytes"] > found["hbm_bytes"] and found["argument_bytes"] > 12 * 1.5e9
 
 
 @pytest.mark.optax
@@ -69,6 +103,7 @@ def test_a_run_on_the_devices_that_are_here(call, folder, mode):
 
 @pytest.mark.optax
 def test_a_run_as_json(call, folder):
-    done = call("plan", folder, "--run", "1", "--batch", "1", "--seq", "16", "--json")
+    done = call("plan", folder, "--run", "1", "--mesh", "data=2", "--batch", "2", "--seq", "16", "--dtype", "float32",
+                "--json")
     found = json.loads(done.stdout)
     assert found["measured_on"] == "cpu" and found["measured_seconds"] > 0

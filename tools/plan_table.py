@@ -1,0 +1,191 @@
+"""docs/tpu_plans.md: which Qwen2 fits which TPU slice, and how fast it should be.   python -m tools.plan_table
+
+One cell is a size, a slice and a mode. What arithmetic shows cannot fit is not compiled; the others are, in order,
+Colab's slices and small models first, each kept as a JSON file in the folder `--cache`, so that a run that is stopped
+goes on where it was. Cells whose turn has not come are written from the estimates, and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2_jax.plan.chips import CALIBRATED_LIBTPU, GIB
+from qwen2_jax.plan.estimate import Estimate, candidates
+from qwen2_jax.plan.program import Task
+from qwen2_jax.plan.report import duration
+from qwen2_jax.plan.topology import Topology, parse_topology, slices
+from qwen2_jax.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("Qwen2-0.5B", "Qwen2-1.5B", "Qwen2-7B", "Qwen2-57B-A14B", "Qwen2-72B")
+COLAB = ("v2-8", "v5e-1", "v6e-1")
+SLICES = (*COLAB, "v3-8", "v5e-8", "v5e-16", "v5p-8", "v6e-8", "v6e-16", "v5p-128", "tpu7x-8", "v5e-256", "v6e-256")
+MODES = {
+    "train 4k": ("train", 4096, None), "train 32k": ("train", 32768, None), "prefill": ("prefill", 4096, None),
+    "decode": ("decode", 4096, None), "decode int8": ("decode", 4096, "int8"),
+}
+"""Column → (mode, tokens, quantization)."""
+DECODE_ROWS = 8
+"""Rows that decode together on each device."""
+IMPOSSIBLE = 1.5
+"""Times the memory there is: an estimate above it settles a cell without the compiler."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str
+    slice: str
+    column: str
+
+    @property
+    def topology(self) -> Topology:
+        return parse_topology(self.slice)
+
+    @property
+    def task(self) -> Task:
+        mode, seq, quant = MODES[self.column]
+        rows = self.topology.devices * (DECODE_ROWS if mode == "decode" else 1)
+        return Task(cfg=PRESETS[self.model], mode=mode, seq=seq, batch=rows, quant=quant)   # pyright: ignore
+
+    @property
+    def file(self) -> str:
+        return "_".join((self.slice, self.model, self.column.replace(" ", "-"))) + ".json"
+
+    def command(self, mesh: str) -> list[str]:
+        task = self.task
+        quant = ["--quant", task.quant] if task.quant else []
+        return ["plan", self.model, "--topology", self.slice, "--mesh", mesh, "--mode", task.mode, "--seq",
+                str(task.seq), "--batch", str(task.batch), *quant, "--json"]
+
+
+def cells() -> Iterator[Cell]:
+    """In the order in which they are compiled: by what a reader can rent for least."""
+    for group in (COLAB, SLICES[len(COLAB):]):
+        for model in MODELS:
+            for name in group:
+                for column in MODES:
+                    yield Cell(model, name, column)
+
+
+def estimates(cell: Cell) -> list[Estimate]:
+    """Of the meshes that may fit, the fastest first; of none, where arithmetic shows that none does."""
+    room = IMPOSSIBLE * cell.topology.chip.hbm_bytes
+    return [e for e in candidates(cell.task, cell.topology) if e.peak_bytes <= room]
+
+
+def compile_cell(cell: Cell, cache: Path, seconds: float) -> None:
+    """The best mesh by estimate, compiled in a process of its own; the cache gets its plan, or why there is none."""
+    mesh = str(estimates(cell)[0].sizes)
+    command = [sys.executable, "-m", "qwen2_jax", *cell.command(mesh)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        kept = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
+    except subprocess.TimeoutExpired:
+        kept = {"failed": f"compiling took more than {seconds:.0f} seconds"}
+    temporary = cache / f".{cell.file}.tmp"
+    temporary.write_text(json.dumps(kept, indent=1))
+    temporary.rename(cache / cell.file)
+
+
+def kept(cell: Cell, cache: Path) -> dict[str, Any] | None:
+    path = cache / cell.file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def text(cell: Cell, cache: Path) -> str:
+    """What the table says of a cell."""
+    hbm = cell.topology.chip.hbm_bytes
+    possible = estimates(cell)
+    if not possible:
+        least = min((e.peak_bytes for e in candidates(cell.task, cell.topology)), default=0.0)
+        return f"no: ≥ {least / GIB:.0f} of {hbm / GIB:.1f} GiB" if least else "no mesh divides it"
+    found = kept(cell, cache)
+    if found is None or "failed" in found:
+        best = possible[0]
+        fits = "fits?" if best.peak_bytes <= hbm else "tight"
+        why = "not compiled" if found is None else "did not compile"
+        return f"*{fits} `{best.sizes}` ~{best.peak_bytes / GIB:.1f} GiB, ~{duration(best.seconds)}; {why}*"
+    memory = f"{found['peak_bytes'] / GIB:.1f} GiB"
+    if not found["fits"]:
+        return f"no: `{found['mesh']}` needs {memory}"
+    speed = f"{duration(found['predicted_seconds'])}, MFU {found['predicted_mfu']:.0%}"
+    if cell.task.mode == "decode":
+        speed = f"{duration(found['predicted_seconds'])} a token"
+    return f"`{found['mesh']}` {memory}, {speed}"
+
+
+INTRODUCTION = f"""\
+# Qwen2 on TPU slices: what fits, and how fast it should be
+
+Made by `python -m tools.plan_table` from `qwen2-jax plan`: the real step, compiled ahead of time without a TPU. Memory
+is the compiler's account. Times are predictions, from its cycle estimates and published bandwidths; none was measured
+on a TPU.
+
+Training: float32 state, bfloat16 computation, full remat, one row a device; time a step. Prefill: 4,096 tokens, one
+row a device. Decode: {DECODE_ROWS} rows a device with 4,096 tokens in the cache, bfloat16 or int8 weights; time a
+token.
+The mesh is the fastest by estimate of those that should fit.
+
+- Plain cells were compiled, and say what the compiler says.
+- *Cells in italics were **not compiled***: memory and time are rough arithmetic; `tight` is above the memory there is.
+- `no: ≥` is arithmetic as well: no mesh over the slice comes near its memory.
+""".splitlines()
+
+
+def document(cache: Path) -> str:
+    every = list(cells())
+    compiled = [c for c in every if "peak_bytes" in (kept(c, cache) or {})]
+    versions = sorted({(kept(c, cache) or {})["versions"]["libtpu"] for c in compiled})
+    by = ", ".join(versions) or CALIBRATED_LIBTPU
+    lines = [*INTRODUCTION, f"Compiled with libtpu {by}: {len(compiled)} of {len(every)} cells.", ""]
+    for model in MODELS:
+        lines += [f"## {model}", "", "| slice | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(text(Cell(model, name, column), cache) for column in MODES) + " |"
+                  for name in SLICES]
+        lines.append("")
+    return "\n".join([*lines, *names()])
+
+
+def names() -> list[str]:
+    """The table slice → topology → chips → JAX devices."""
+    lines = ["## Names of slices", "",
+             "The number in a name counts cores on v2, v3, v4, v5p and tpu7x, and chips on v5e and v6e. A JAX device",
+             "is a core on v2 and v3, a chip on v4, v5e, v5p and v6e, half a chip on tpu7x.", "",
+             "| slice | topology | chips | JAX devices | usable HBM a device |", "|---|---|---|---|---|"]
+    return [*lines, *(f"| {t.slice_name} | {t} | {t.chips} | {t.devices} | {t.chip.hbm_bytes / GIB:.2f} GiB |"
+                      for t in slices()), ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "tpu_plans", metavar="DIR",
+                        help="folder of finished cells (default: runs/tpu_plans)")
+    parser.add_argument("--minutes", type=float, default=0.0, metavar="N",
+                        help="how long to compile before the document is written (default: 0, write what there is)")
+    parser.add_argument("--cell-seconds", type=float, default=900.0, metavar="S",
+                        help="how long one cell may compile (default: 900)")
+    parser.add_argument("--only", metavar="TEXT", help="compile cells whose file name holds this")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "tpu_plans.md", metavar="FILE")
+    args = parser.parse_args()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * args.minutes
+    for cell in cells():
+        if time.monotonic() >= until:
+            break
+        if (args.only or "") in cell.file and kept(cell, args.cache) is None and estimates(cell):
+            began = time.monotonic()
+            compile_cell(cell, args.cache, args.cell_seconds)
+            print(f"{cell.file} {time.monotonic() - began:.0f} s: {text(cell, args.cache)}", flush=True)
+    args.output.write_text(document(args.cache), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
