@@ -61,7 +61,7 @@ def load_params(src: str | Path | Checkpoint, cfg: ModelConfig | None = None, *,
             elif shardings is None:
                 leaves[path] = jax.device_put(leaf.read((slice(None),) * len(shape)))
             else:
-                leaves[path] = jax.make_array_from_callback(shape, given[path], _once(leaf, given[path]))
+                leaves[path] = jax.make_array_from_callback(shape, given[path], _once(leaf.read, shape, given[path]))
     return nested(leaves)
 
 
@@ -103,13 +103,9 @@ class _Leaf:
         """The leaf on the devices; `where` holds the shardings of its two arrays, None the default device."""
         if where is None:
             return jax.device_put(self.read_int8((slice(None),) * len(self.shape)))
-        holders: dict[str, list[tuple[Any, Any]]] = {}     # slices have no hash before Python 3.12
-        for device, index in where.values.addressable_devices_indices_map(self.shape).items():
-            holders.setdefault(str(index), []).append((device, index))
-        pieces: list[Int8] = []
-        for same in holders.values():
-            piece = self.read_int8(same[0][1])
-            pieces += [jax.device_put(piece, device) for device, _ in same]
+        part = _once(self.read_int8, self.shape, where.values)
+        pieces = [jax.device_put(part(index), device)
+                  for device, index in where.values.addressable_devices_indices_map(self.shape).items()]
 
         def whole(shape: tuple[int, ...], sharding: Any, arrays: list[Any]):
             return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
@@ -141,21 +137,22 @@ class _Leaf:
             pass
 
 
-def _once(leaf: _Leaf, sharding: jax.sharding.Sharding) -> Callable[[Any], np.ndarray]:
-    """`leaf.read`, reading once what several devices of this process want: the same part, or columns side by side."""
+def _once(read: Callable[[Any], Any], shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callable[[Any], Any]:
+    """`read`, called once for what several devices of this process want: the same part, or columns side by side."""
     wanted: dict[str, set[tuple[int, int]]] = {}      # rows → columns, first and one past the last
-    for index in sharding.addressable_devices_indices_map(leaf.shape).values():
-        *rows, columns = _ranges(index, leaf.shape)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        *rows, columns = _ranges(index, shape)
         wanted.setdefault(str(rows), set()).add((columns.start, columns.stop))
-    read: dict[tuple[str, int], np.ndarray] = {}
+    found: dict[tuple[str, int], Any] = {}
 
-    def part(index: Any) -> np.ndarray:
-        *rows, columns = _ranges(index, leaf.shape)
+    def part(index: Any) -> Any:
+        *rows, columns = _ranges(index, shape)
         around = _joined(wanted[str(rows)], columns.start)
         key = str(rows), around.start
-        if key not in read:
-            read[key] = leaf.read((*index[:-1], slice(around.start, around.stop)))
-        return read[key][..., columns.start - around.start:columns.stop - around.start]
+        if key not in found:
+            found[key] = read((*index[:-1], slice(around.start, around.stop)))
+        mine, whole = slice(columns.start - around.start, columns.stop - around.start), found[key]
+        return Int8(whole.values[..., mine], whole.scale) if isinstance(whole, Int8) else whole[..., mine]
 
     return part
 

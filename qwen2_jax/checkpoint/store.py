@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qwen2_jax.checkpoint.pieces import PIECE_BYTES
+from qwen2_jax.checkpoint.pieces import PART_BYTES
 from qwen2_jax.checkpoint.staging import naming_disk_errors
 from qwen2_jax.errors import UserError
 from qwen2_jax.ops.quant import refuse_quantized
@@ -110,7 +110,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:
-    """One layer and one expert a chunk, at most PIECE_BYTES, so that a conversion reads a stack slice by slice."""
+    """One layer and one expert a chunk, at most PART_BYTES: a conversion reads a stack slice by slice, and a device of
+    another mesh its own part and little more. OCDBT packs them into few files."""
     if math.prod(np.shape(leaf)) == 0:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=PIECE_BYTES, shard_axes=tuple(range(max(0, np.ndim(leaf) - 2))))
+    return ocp.SaveArgs(chunk_byte_size=PART_BYTES, shard_axes=tuple(range(max(0, np.ndim(leaf) - 2))))

@@ -125,6 +125,16 @@ def test_shardings_are_kept_and_only_their_slices_read(hf_folder):
     assert read == {path: math.prod(shape) for path, shape in param_shapes(cfg).items()}, "once, although two hold each"
 
 
+@pytest.mark.parametrize("spans, place, joined", [
+    ([(0, 4), (4, 8)], 0, (0, 8)), ([(0, 4), (4, 8)], 5, (0, 8)), ([(0, 2), (6, 8), (4, 6)], 7, (4, 8)),
+    ([(0, 2), (6, 8), (4, 6)], 1, (0, 2)), ([(3, 9)], 3, (3, 9)), ([(0, 9), (2, 4)], 3, (0, 9)),
+])
+def test_columns_side_by_side_are_read_together(spans, place, joined):
+    from qwen2_jax.checkpoint.load import _joined
+
+    assert _joined(spans, place) == range(*joined)
+
+
 def test_configuration_of_another_model_is_refused(hf_folder):
     with pytest.raises(UserError, match="other shapes"):
         load_params(hf_folder("dense"), read_config(hf_folder("tied")), dtype="keep", stacked=True)

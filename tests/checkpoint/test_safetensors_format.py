@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import save_file
 
+from qwen2_jax.checkpoint import safetensors_format
 from qwen2_jax.checkpoint.safetensors_format import DTYPES, plan_header, read_header
 from qwen2_jax.errors import UserError
 
@@ -17,6 +19,29 @@ def write(path, header, data=b""):
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
     return path
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 6, 4096]), st.data())
+def test_any_columns_of_any_rows(tmp_path_factory, rows, width, page, data):
+    """The same numbers, whether read row by row or cut from whole rows; and in the first case, no others."""
+    array = np.arange(rows * width, dtype=np.float16).reshape(rows, width)
+    file = tmp_path_factory.mktemp("columns") / "model.safetensors"
+    save_file({"w": array}, file)
+    start, first = data.draw(st.integers(0, rows)), data.draw(st.integers(0, width))
+    stop, last = data.draw(st.integers(start, rows)), data.draw(st.integers(first, width))
+    read, seen = os.preadv, []
+
+    def noted(fd, buffers, offset):
+        seen.append(sum(map(len, buffers)))
+        return read(fd, buffers, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_format, "SMALLEST_READ", page)
+        patch.setattr(os, "preadv", noted)
+        found = read_header(file)["w"].rows(start, stop, slice(first, last))
+    assert found.tobytes() == array[start:stop, first:last].tobytes() and found.shape == (stop - start, last - first)
+    whole = 2 * (last - first) < page and last - first < width
+    assert sum(seen) == 2 * (stop - start) * (width if whole else last - first)
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3)), max_size=5))

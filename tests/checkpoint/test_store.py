@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +144,15 @@ def test_a_step_of_a_run_is_a_checkpoint_to_convert(hf_folder, tensors, tmp_path
     with ocp.StandardCheckpointer() as checkpointer:
         storage = checkpointer.metadata(tmp_path / "run/10/params").item_metadata["layers_2"]["moe"]["up"].storage
     assert storage.chunk_shape == (1, 1, 16, 32)
+
+
+def test_what_a_device_of_another_mesh_wants_is_read_without_the_rest(tmp_path):
+    store = Store(tmp_path / "run")
+    store.save(1, {"params": {"w": jnp.zeros((2, 1024, 512))}}, {})
+    store.close()
+    with ocp.StandardCheckpointer() as checkpointer:
+        chunk = checkpointer.metadata(tmp_path / "run/1/params").item_metadata["w"].storage.chunk_shape
+    assert chunk[0] == 1 and 2**18 < 4 * math.prod(chunk) <= 2**20
 
 
 def test_a_full_disk_is_named(small_disk):

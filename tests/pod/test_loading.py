@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("form, mesh", [("hf", "fsdp=2x2"), ("orbax", "fsdp=2,tensor=2"), ("hf", "tensor=4")])
+@pytest.mark.parametrize("form, mesh", [("hf", "fsdp=2x2"), ("hf", "fsdp=2,tensor=2"), ("orbax", "tensor=4")])
 def test_each_process_asks_for_its_share(model, form, mesh):
     """In bytes, whatever lies on several devices of a process once; and every part is the file's."""
     found = measure_loading.measure(model / form, 2, mesh, model / "hf")

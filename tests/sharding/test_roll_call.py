@@ -6,10 +6,12 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.sharding.distributed import COORDINATOR, PROCESS, PROCESSES, start
+from qwen2_jax.sharding import distributed
+from qwen2_jax.sharding.distributed import COORDINATOR, PROCESS, PROCESSES, exchange, start
 from qwen2_jax.sharding.roll_call import roll_call
 from tools.launch_local import free_port
 
@@ -100,3 +102,42 @@ def test_start():
         start({COORDINATOR: "a:1", PROCESSES: "2"})
     with pytest.raises(UserError, match=f"{PROCESSES} must be a whole number, found 'two'"):
         start({COORDINATOR: "a:1", PROCESSES: "two", PROCESS: "0"})
+
+
+def test_processes_that_others_have_started(monkeypatch):
+    """Numbers come from JAX's detection; the roll is called all the same."""
+    with pytest.raises(UserError, match=f"{COORDINATOR}=auto: JAX knows no cluster around this process; set"):
+        start({COORDINATOR: "auto"})
+    called = []
+    monkeypatch.setattr(distributed.ClusterEnv, "auto_detect_unset_distributed_params",
+                        lambda *_: ("worker-0:8482", 4, 3, None))
+    monkeypatch.setattr(distributed, "roll_call", lambda *args, seconds: called.append((*args, seconds)))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: called.append(args))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    start({COORDINATOR: "auto"}, seconds=5)
+    assert called == [("worker-0:8482", 4, 3, 5), ("worker-0:8482", 4, 3, None)]
+
+
+def test_a_silent_process_is_named(monkeypatch):
+    assert exchange("host", {"a": 1}, seconds=1) == [{"a": 1}]      # alone
+
+    class Client:
+        def __init__(self):
+            self.said = {}
+
+        def key_value_set(self, key, text):
+            self.said[key] = text
+
+        def blocking_key_value_get(self, key, milliseconds):
+            if key not in self.said:
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return self.said[key]
+
+    class State:
+        client, process_id, num_processes = Client(), 0, 2
+
+    monkeypatch.setattr(distributed, "global_state", State)
+    with pytest.raises(UserError, match="process 1 said nothing about its host for 7 seconds"):
+        exchange("host", {"a": 1}, seconds=7)
+    State.client.said["qwen2_jax/host/1"] = '{"b": 2}'
+    assert exchange("host", {"a": 1}, seconds=7) == [{"a": 1}, {"b": 2}]
