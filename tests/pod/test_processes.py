@@ -54,7 +54,7 @@ def test_the_command_line_writes_once(process_env, tmp_path):
 def test_every_process_hears_the_same(process_env, tmp_path):
     """Drawn with and without a seed, scored; one process's clock runs a hundred times as fast; other requests are
     refused everywhere."""
-    launch(process_env, 2, 2, "tests.pod.serving", "data=2,tensor=2", tmp_path / "heard")
+    launch(process_env, 2, 2, "tests.pod.serving", "fsdp=2,tensor=2", tmp_path / "heard")
     first, second = (pickle.loads((tmp_path / f"heard.{n}").read_bytes()) for n in range(2))
     for name in ("greedy", "sampled", "fresh", "likelihoods", "refused"):
         assert first[name] == second[name], name
