@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils  # noqa: E402
 from qwen2_jax.config import ModelConfig, MoeConfig, RopeConfig  # noqa: E402
 from qwen2_jax.data.packing import PackedBatch  # noqa: E402
 from qwen2_jax.model.decoder import init_params  # noqa: E402
+from qwen2_jax.ops.exchange import ExpertExchange  # noqa: E402
 from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule  # noqa: E402
 from qwen2_jax.serve.lm import LM  # noqa: E402
 from qwen2_jax.sharding import distributed  # noqa: E402
@@ -51,6 +52,8 @@ MESHES = (
 CASES = tuple((f"{family} untied" if n % 2 == offset else family, mesh)
               for offset, family in enumerate(("dense", "moe")) for n, mesh in enumerate(MESHES))
 """Dense and mixture of experts on every mesh, tied and untied heads taking turns."""
+EXCHANGED = ("expert=2", "expert=8", "fsdp=2,expert=2,tensor=2", "expert=2,context=2")
+"""Meshes on which a mixture of experts also runs with its tokens exchanged, not gathered."""
 ROWS, TOKENS, STEPS, NEW = 8, 32, 3, 12
 OPTIM = AdamWConfig(peak=1e-2, steps=10, schedule="constant", eps=1e-3)
 """Adam divides by the gradient's size; with the usual eps, gradients that are zero but for rounding would become steps
@@ -97,10 +100,10 @@ def batch() -> PackedBatch:
     return PackedBatch(ids[:, :-1], ids[:, 1:], segments, positions, weights)
 
 
-def outcome(model: ModelConfig, spec: str | None) -> Outcome:
+def outcome(model: ModelConfig, spec: str | None, exchange: ExpertExchange = "auto") -> Outcome:
     """What training and generation give on a mesh; None is one device."""
     mesh = make_mesh(spec)
-    loss = NextTokenLoss(model=model, remat="full")
+    loss = NextTokenLoss(model=model, remat="full", expert_exchange=exchange)
     optimizer = optax.chain(keep_gradient(), make_optimizer(OPTIM))
     state = init_state(init_params(model, jax.random.key(0), mesh=mesh), optimizer, mesh, loss.param_specs(mesh))
     initial = whole(state.params)
@@ -137,9 +140,10 @@ def on_one_device(model: ModelConfig) -> Outcome:
     return outcome(model, None)
 
 
-def difference(model: ModelConfig, spec: str, many: Outcome | None = None) -> Difference:
+def difference(model: ModelConfig, spec: str, many: Outcome | None = None,
+               exchange: ExpertExchange = "auto") -> Difference:
     """A mesh, or the outcome that several processes had on it, against one device."""
-    one, many = on_one_device(model), many or outcome(model, spec)
+    one, many = on_one_device(model), many or outcome(model, spec, exchange)
 
     def largest(a: Any, b: Any, relative: bool = False) -> float:
         scale = (lambda x: np.abs(x).max()) if relative else (lambda x: 1)
@@ -175,10 +179,14 @@ def main() -> None:
             args.save.write_bytes(pickle.dumps(tuple(found)))
         return
     lines, failed = [], 0
-    chosen = [(name, spec) for name in args.model or MODELS for spec in args.mesh] if args.mesh else CASES
-    for name, spec in chosen:
-        found = difference(MODELS[name], spec)
+    cases = [(name, spec) for name in args.model or MODELS for spec in args.mesh] if args.mesh else CASES
+    chosen: list[tuple[str, str, ExpertExchange]] = [(name, spec, "auto") for name, spec in cases]
+    if not args.mesh:
+        chosen += [("moe", spec, "all_to_all") for spec in EXCHANGED]
+    for name, spec, exchange in chosen:
+        found = difference(MODELS[name], spec, exchange=exchange)
         failed += bool(beyond(found))
+        name += ", exchanged" * (exchange == "all_to_all")
         lines.append(f"| {name} | `{spec}` | {found.initial} | {found.loss:.1e} | {found.gradient:.1e} "
                      f"| {found.parameters:.1e} | {found.tokens} | {found.logprobs:.1e} |")
         print(lines[-1], *beyond(found), flush=True)

@@ -108,7 +108,8 @@ class Decoder(nn.Module):
 
     `train=False` lets the platform choose expert products that need no gradient. `remat`: `none`; `full` keeps only
     the blocks' inputs; `attention` also what a kernel for it leaves (`ops/flash.py`; nothing where the reference runs);
-    `dots` products with weights as well, but not scores, which grow with T squared.
+    `dots` products with weights as well, but not scores, which grow with T squared. `expert_exchange`: how tokens
+    reach their experts on a mesh (`ops/exchange.py`).
     """
 
     cfg: ModelConfig

@@ -15,11 +15,14 @@ from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.split import Split
 
 
-def swiglu(x_xD, gate_FD, up_FD, down_DF):
-    """down(silu(gate x) * up x); the product of the two branches is taken in float32."""
-    x_RD = x_xD.reshape(-1, x_xD.shape[-1])     # rows in one dimension: XLA for TPU multiplies several at half its speed
+def swiglu(x_xD, gate_FD, up_FD, down_DF, scale_x1=None):
+    """down(silu(gate x) * up x) times float32 `scale_x1`; the product of the two branches is taken in float32."""
+    x_RD = x_xD.reshape(-1, x_xD.shape[-1])     # rows in one dimension: XLA for TPU multiplies two at half its speed
     gate_RF, up_RF = (linear(x_RD, w_FD).astype(jnp.float32) for w_FD in (gate_FD, up_FD))
-    return linear((jax.nn.silu(gate_RF) * up_RF).astype(x_xD.dtype), down_DF).reshape(x_xD.shape)
+    h_RF = jax.nn.silu(gate_RF) * up_RF
+    if scale_x1 is not None:    # before the last product, whose result the backward pass then does not need
+        h_RF = h_RF * scale_x1.reshape(-1, 1)
+    return linear(h_RF.astype(x_xD.dtype), down_DF).reshape(x_xD.shape)
 
 
 class Mlp(nn.Module):

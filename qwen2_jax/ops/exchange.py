@@ -18,6 +18,8 @@ from qwen2_jax.ops.grouped import collect, sorted_copies, spread
 from qwen2_jax.sharding.axes import EXPERT, Axes
 
 ExpertExchange = Literal["auto", "gather", "all_to_all"]
+"""How tokens reach their experts on a mesh with `expert`: all to all devices (`gather`), or each to those that hold its
+experts (`all_to_all`); `auto` takes the latter on TPU where these devices are more than a token has choices."""
 
 
 def exchanged(experts: Callable, here: int, x_RD, weight_Rk, expert_Rk, ax: Axes):
@@ -32,7 +34,8 @@ def exchanged(experts: Callable, here: int, x_RD, weight_Rk, expert_Rk, ax: Axes
     pieces = _pieces(R, -(-ax.size(EXPERT) // k))
 
     def piece(rows):
-        return _exchanged(experts, here, *rows, ax)
+        x_rD, weight_rk, expert_rk = rows
+        return _exchanged(experts, here, x_rD, weight_rk, expert_rk, ax)
 
     if pieces == 1:
         return piece((x_RD, weight_Rk, expert_Rk))

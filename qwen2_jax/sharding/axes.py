@@ -118,7 +118,7 @@ class Axes:
         """Send rows to the devices along the one axis of `names`: counts_nn[s, d] of them from device s to device d.
 
         Arrays [A, …] hold the rows for each device, in the order of devices, from the first row on; what comes,
-        [rows, …], lies in the order of senders likewise, zeros behind it, and must fit. No device sends another more
+        [rows, …], lies in the order of senders likewise, anything behind it, and must fit. No device sends another more
         than `most`. The way back is `exchange` of `counts_nn.T`, and the gradient's way. Where the mesh has not got the
         axis, there is one device.
         """
@@ -172,7 +172,7 @@ _exchange.defvjp(_exchange_forward, _exchange_backward)
 def _exchange_ragged(axis: str, rows: int, x, counts_nn):
     me, starts_nn = lax.axis_index(axis), jnp.cumsum(counts_nn, 0) - counts_nn
     sent_n, come_n = counts_nn[me], counts_nn[:, me]
-    out = _vary(jnp.zeros((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
+    out = _vary(lax.empty((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
     return lax.ragged_all_to_all(x, out, jnp.cumsum(sent_n) - sent_n, sent_n, starts_nn[me], come_n, axis_name=axis)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tools.sameness import CASES as table
-from tools.sameness import MESHES, MODELS, beyond, difference
+from tools.sameness import EXCHANGED, MESHES, MODELS, beyond, difference
 
 CASES = (
     ("dense", "data=2"), ("dense untied", "fsdp=2x2x2"), ("dense untied", "tensor=4"), ("dense", "tensor=8"),
@@ -24,6 +24,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.optax]
 @pytest.mark.parametrize("model, mesh", CASES)
 def test_as_on_one_device(model, mesh):
     assert beyond(difference(MODELS[model], mesh)) == []
+
+
+@pytest.mark.parametrize("mesh", EXCHANGED[1:3])
+def test_tokens_exchanged_as_on_one_device(mesh):
+    assert beyond(difference(MODELS["moe"], mesh, exchange="all_to_all")) == []
 
 
 def test_the_set_covers_every_axis_and_is_part_of_the_table():
