@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
 
 from tools.bench_gpu import ROWS, Row, config
+from tools.bench_worker import seconds
 
 STEPS = 5
 """Training steps timed, after two to warm up: the first compiles."""
-
-
-def median_seconds(call: Callable[[], object], *, warm: int, calls: int) -> float:
-    for _ in range(warm):
-        call()
-    times = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def token_ids(row: Row) -> np.ndarray:
@@ -67,7 +55,8 @@ def our_training(row: Row) -> dict[str, float]:
         state, metrics = step(state, batch)
         return float(metrics["loss"])
 
-    return {"seconds": median_seconds(call, warm=2, calls=STEPS)}
+    call()
+    return {"seconds": seconds(call, STEPS)}
 
 
 def our_decoding(row: Row) -> dict[str, float]:
@@ -92,7 +81,7 @@ def our_decoding(row: Row) -> dict[str, float]:
 
 def decoding(row: Row, generate: Callable[[int], object], weight_bytes: int) -> dict[str, float]:
     """Seconds a step, from runs that differ in their number of tokens alone."""
-    first, whole = (median_seconds(lambda n=new: generate(n), warm=1, calls=3) for new in (1, row.new + 1))
+    first, whole = (seconds(lambda n=new: generate(n), 3) for new in (1, row.new + 1))
     return {"seconds": (whole - first) / row.new, "weight_bytes": weight_bytes}
 
 
@@ -137,7 +126,8 @@ def their_training(model, row: Row) -> dict[str, float]:
         optimizer.zero_grad()
         return loss.item()
 
-    return {"seconds": median_seconds(call, warm=2, calls=STEPS)}
+    call()
+    return {"seconds": seconds(call, STEPS)}
 
 
 def their_decoding(model, row: Row) -> dict[str, float]:
