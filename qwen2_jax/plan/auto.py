@@ -11,7 +11,7 @@ from qwen2_jax.plan.program import Task
 from qwen2_jax.plan.topology import Topology, slices
 
 MOST_COMPILED = 3
-ROUGHNESS = 1.25
+ROUGHNESS = 1.4
 """An estimate may be this much too high: below it, a mesh is worth compiling."""
 
 

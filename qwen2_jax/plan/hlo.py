@@ -202,7 +202,7 @@ class Program:
         if root.opcode != "compare" or not direction:
             return None
         index = limit = None
-        for position, side in enumerate(sides):
+        for side in sides:
             found, at = self._source(where, side), where
             if found is not None and found.opcode == "parameter" and where != condition:
                 found, at = self._source(condition, outer[int(found.operands[0])]), condition
@@ -210,8 +210,6 @@ class Program:
                 continue
             if found.opcode == "get-tuple-element":
                 index = int(found.attribute("index"))
-                if position == 1:
-                    direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
             elif (value := self.constant(at, found.name)) is not None:
                 limit = value
         return None if index is None or limit is None else (index, limit, direction)
@@ -245,6 +243,7 @@ class Program:
 
 
 def _count(start: int, limit: int, step: int, direction: str) -> float | None:
+    """Turns until the bound is passed; a counter may go down, and stand on either side of the comparison."""
     match direction:
         case "LT" | "GT" | "NE":
             return float(max(0, math.ceil((limit - start) / step)))

@@ -63,6 +63,19 @@ def test_a_loop_turns_as_often_as_it_counts(start, limit, step):
     assert times(module(computations, entry))["work"] == len(range(start, limit, step))
 
 
+def test_a_loop_that_counts_down():
+    computations, entry = loop("  %work = f32[8]{0} copy(%l_x)", start=9, limit=0, step=2)
+    computations = computations.replace("add(%l_i", "subtract(%l_i").replace("direction=LT", "direction=GT")
+    assert times(module(computations, entry))["work"] == len(range(9, 0, -2))
+
+
+def test_another_element_of_the_loop_is_no_counter():
+    other = "  %other = s32[] get-tuple-element(%p.1), index=1"
+    computations, entry = loop(f"{other}\n  %work = f32[8]{{0}} copy(%l_x)")
+    with pytest.raises(HloError):
+        times(module(computations.replace("add(%l_i", "add(%other"), entry))
+
+
 def test_loops_in_loops_multiply():
     inner, inside = loop("  %deep = f32[8]{0} copy(%inner_x)", limit=8, step=2, name="inner")
     outer, entry = loop(inside.replace("%x", "%outer_x"), limit=3, name="outer")

@@ -92,6 +92,14 @@ def test_every_other_chip_shares_its_links():
     assert far.seconds == pytest.approx(2 * near.seconds)
 
 
+def test_a_diagonal_goes_round_corners():
+    """Two links each way, one after the other, and each of them is another diagonal's as well."""
+    text = module("", f"{START}  %c = {WHOLE} all-reduce(%whole), replica_groups=GROUPS")
+    straight = one(text.replace("GROUPS", "{{0,1},{4,5}}"))
+    diagonal = one(text.replace("GROUPS", "{{0,5},{1,4}}"))
+    assert (diagonal.axes, diagonal.seconds) == (("x", "y"), pytest.approx(straight.seconds))
+
+
 def test_a_permute_takes_the_way_round():
     text = module("", f"{START}  %c = {WHOLE} collective-permute(%whole), source_target_pairs={{{{0,1}},{{3,0}}}}")
     assert one(text).seconds == pytest.approx(3 * SIZE / LINK), "three links back along a line"
