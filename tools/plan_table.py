@@ -139,9 +139,8 @@ is the compiler's account. Times are predictions, from its cycle estimates and p
 on a TPU.
 
 Training: float32 state, bfloat16 computation, full remat, one row a device; time a step. Prefill: 4,096 tokens, one
-row a device. Decode: {DECODE_ROWS} rows a device with 4,096 tokens in the cache, bfloat16 or int8 weights; time a
-token.
-The mesh is the fastest by estimate of those that should fit.
+row a device. Decode: {DECODE_ROWS} rows a device with 4,096 tokens in the cache, weights in bfloat16 or int8, top-k and
+top-p on; time a token. The mesh is the fastest by estimate of those that should fit.
 
 - Plain cells were compiled, and say what the compiler says.
 - *Cells in italics were **not compiled***: memory and time are rough arithmetic, a fifth to a half too much memory
@@ -156,7 +155,7 @@ def document(cache: Path) -> str:
     compiled = [c for c in every if "peak_bytes" in (kept(c, cache) or {})]
     versions = sorted({(kept(c, cache) or {})["versions"]["libtpu"] for c in compiled})
     by = ", ".join(versions) or CALIBRATED_LIBTPU
-    lines = [*INTRODUCTION, f"Compiled with libtpu {by}: {len(compiled)} of {len(every)} cells.", ""]
+    lines = [*INTRODUCTION, "", f"Compiled with libtpu {by}: {len(compiled)} of {len(every)} cells.", ""]
     for model in MODELS:
         lines += [f"## {model}", "", "| slice | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
         lines += [f"| {name} | " + " | ".join(text(Cell(model, name, column), cache) for column in MODES) + " |"
