@@ -180,13 +180,11 @@ def main() -> None:
         return
     lines, failed = [], 0
     cases = [(name, spec) for name in args.model or MODELS for spec in args.mesh] if args.mesh else CASES
-    chosen: list[tuple[str, str, ExpertExchange]] = [(name, spec, "auto") for name, spec in cases]
-    if not args.mesh:
-        chosen += [("moe", spec, "all_to_all") for spec in EXCHANGED]
-    for name, spec, exchange in chosen:
-        found = difference(MODELS[name], spec, exchange=exchange)
+    chosen = [(*case, False) for case in cases] + [("moe", spec, True) for spec in EXCHANGED if not args.mesh]
+    for name, spec, sent in chosen:
+        found = difference(MODELS[name], spec, exchange="all_to_all" if sent else "auto")
         failed += bool(beyond(found))
-        name += ", exchanged" * (exchange == "all_to_all")
+        name += ", exchanged" * sent
         lines.append(f"| {name} | `{spec}` | {found.initial} | {found.loss:.1e} | {found.gradient:.1e} "
                      f"| {found.parameters:.1e} | {found.tokens} | {found.logprobs:.1e} |")
         print(lines[-1], *beyond(found), flush=True)
