@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qwen2_jax.ops import experts
 from qwen2_jax.ops.exchange import exchanged
 from qwen2_jax.ops.experts import ExpertWeights, grouped_experts
-from qwen2_jax.sharding.axes import EXPERT
+from qwen2_jax.sharding.axes import EXPERT, Axes
 from qwen2_jax.sharding.mesh import BATCH_SPEC, P, make_mesh, per_device
 
 SUM_ORDER = 5e-6
@@ -44,11 +44,23 @@ def on_one_device(x, weight, expert, w, g):
     return y, back(g)
 
 
+class Untidy(Axes):
+    """Leaves something behind what comes, as devices do that fill an array without clearing it."""
+
+    def exchange(self, tree, counts_nn, names, rows, most):
+        filled = jnp.arange(rows)[:, None] < counts_nn[:, self.index(names)].sum()
+
+        def litter(x):
+            return jnp.where(filled, x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 1)
+
+        return jax.tree.map(litter, super().exchange(tree, counts_nn, names, rows, most))
+
+
 def on_mesh(spec: str):
     mesh = make_mesh(spec)
 
     def local(x, weight, expert, w, *, ax):
-        n = ax.size(EXPERT)
+        ax, n = Untidy(ax.sizes), ax.size(EXPERT)
         return exchanged(partial(grouped_experts, w=w, share=1 / n), E // n, x, weight, expert, ax)
 
     mapped = per_device(local, mesh, (BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, P(EXPERT)), BATCH_SPEC)
