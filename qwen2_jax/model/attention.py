@@ -65,9 +65,9 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = project("q", N), project("k", K), project("v", K)
         q_BTNH = apply_rope(q_BTNH, context.cos_BTh, context.sin_BTh)
         k_BTKH = apply_rope(k_BTKH, context.cos_BTh, context.sin_BTh)
-        sliding = dict(windowed=windowed, window=cfg.window.size or 0)
+        sliding: dict[str, Any] = dict(windowed=windowed, window=cfg.window.size or 0)
         if cache is None:
-            segments = dict(segments_BT=context.segments_BT, key_segments_BS=context.key_segments_BS)
+            segments: dict[str, Any] = dict(segments_BT=context.segments_BT, key_segments_BS=context.key_segments_BS)
             rows = (q_BTNH, split.of_row(k_BTKH), split.of_row(v_BTKH))
             if flash.suits(ax, q_BTNH.dtype, T):
                 out_BTNH = flash.flash_attend(*rows, order=RowOrder.of(ax, split.tokens), ax=ax, **segments, **sliding)

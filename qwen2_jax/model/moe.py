@@ -84,7 +84,8 @@ class Moe(nn.Module):
         experts = partial(self._experts, w=w, share=1 / ax.size(over))
         here = w.gate_EFD.shape[0]
         if over and self._exchanges(x_BTD.shape[1]):
-            return exchanged(experts, here, _flat(x_BTD), _flat(weight_BTk), _flat(expert_BTk), ax).reshape(x_BTD.shape)
+            y_RD: Any = exchanged(experts, here, _flat(x_BTD), _flat(weight_BTk), _flat(expert_BTk), ax)
+            return y_RD.reshape(x_BTD.shape)
         x_bTD, weight_bTk, expert_bTk = (ax.gather(a, over, 0) for a in (x_BTD, weight_BTk, expert_BTk))
         # Another device's experts get the number behind the last of our own.
         expert_bTk = expert_bTk - ax.index(over) * here

@@ -23,8 +23,8 @@ from qwen2_jax.sharding.kernels import kernel
 from qwen2_jax.sharding.order import RowOrder
 
 ATTENDED = "attended"
-"""Name of what attention leaves for its backward pass, for a remat policy to keep: the output, and a float32 log-sum-exp
-a token and head."""
+"""Name of what attention leaves for its backward pass, for a remat policy to keep: the output, and a float32
+log-sum-exp a token and head."""
 
 LANES = 128
 BLOCKS = (1024, 512, 256, 128)
@@ -52,7 +52,7 @@ def flash_attend(q_BTNH, k_BSKH, v_BSKH, *, order: RowOrder, segments_BT=None, k
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, rest[0])
     piece = jnp.asarray(order.piece, jnp.int32)
 
-    def run(window: int):
+    def run(window: int) -> Any:
         setting = _Setting(k_BSKH.shape[1], order.pieces, order.halves, window, q_BNTH.shape[1], interpret)
         return _attend(setting, ax, q_BNTH, k_BKSH, v_BKSH, segments, piece)
 
@@ -133,7 +133,7 @@ def _of_piece(whole: Any, pieces: int, piece) -> Any:
     def cut(x, dim: int):
         return None if x is None else jax.lax.dynamic_slice_in_dim(x, piece * (n := x.shape[dim] // pieces), n, dim)
 
-    def of(info: MaskInfo | None) -> MaskInfo | None:
+    def of(info: MaskInfo | None) -> Any:
         return info and info._replace(data_next=cut(info.data_next, 1), mask_next=cut(info.mask_next, 1),
                                       block_mask=cut(info.block_mask, 1), q_sequence=cut(info.q_sequence, 0))
 

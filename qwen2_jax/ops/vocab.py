@@ -26,8 +26,8 @@ COLUMNS = 512
 
 
 def embed(ids_BT, table_vD, split: Split = WHOLE, *, dtype: Any = None):
-    """Rows of the table for the residual stream, [B, t, D] in its dtype, or those that an `Int8` table means in `dtype`.
-    Ids outside the vocabulary are the caller's error: check before.
+    """Rows of the table for the residual stream, [B, t, D] in its dtype; or those that an `Int8` table means, in
+    `dtype`. Ids outside the vocabulary are the caller's error: check before.
 
     The gradient of a row is summed in float32 and rounded once: a bfloat16 sum stops growing at 256 equal terms, which
     the frequent tokens of one batch pass.
@@ -165,8 +165,8 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
 
 
 def _look(x_RD, w_vD, row_R, ids_v, split: Split) -> _Seen:
-    """The logits of rows `w` of the table, whose ids are `ids_v`, joined over `split.over`; the target is row `row_R` of
-    them, or none of them where that is outside."""
+    """The logits of rows `w` of the table, whose ids are `ids_v`, joined over `split.over`; the target is row `row_R`
+    of them, or none of them where that is outside."""
     ax = split.ax
     z_Rv = matmul(x_RD, w_vD)
     own_top_R = lax.stop_gradient(z_Rv).max(-1)
