@@ -84,8 +84,7 @@ class Moe(nn.Module):
         experts = partial(self._experts, w=w, share=1 / ax.size(over))
         here = w.gate_EFD.shape[0]
         if over and self._exchanges(x_BTD.shape[1]):
-            y_RD: Any = exchanged(experts, here, _flat(x_BTD), _flat(weight_BTk), _flat(expert_BTk), ax)
-            return y_RD.reshape(x_BTD.shape)
+            return exchanged(experts, here, _flat(x_BTD), _flat(weight_BTk), _flat(expert_BTk), ax).reshape(x_BTD.shape)
         x_bTD, weight_bTk, expert_bTk = (ax.gather(a, over, 0) for a in (x_BTD, weight_BTk, expert_BTk))
         # Another device's experts get the number behind the last of our own.
         expert_bTk = expert_bTk - ax.index(over) * here
@@ -93,7 +92,7 @@ class Moe(nn.Module):
         y_bTD = experts(_flat(x_bTD), _flat(weight_bTk), _flat(expert_bTk)).reshape(x_bTD.shape)
         return ax.scatter(y_bTD.astype(x_BTD.dtype), over, 0).astype(jnp.float32) if over else y_bTD
 
-    def _experts(self, x_RD, weight_Rk, expert_Rk, w: ExpertWeights, share: float):
+    def _experts(self, x_RD, weight_Rk, expert_Rk, w: ExpertWeights, share: float) -> Any:
         grouped, args = partial(grouped_experts, ax=self.ax, share=share), (x_RD, weight_Rk, expert_Rk, w)
         return grouped(*args) if self.train else lax.platform_dependent(*args, cpu=blocked_experts, default=grouped)
 
