@@ -16,6 +16,8 @@ from qwen2_jax.errors import UserError
 RopeKind = Literal["default", "linear", "yarn"]
 RopeWhen = Literal["always", "long"]
 HeadKind = Literal["lm", "score", "reward"]
+Remat = Literal["full", "attention", "dots", "none"]
+"""What a training step keeps of the forward pass; `model.decoder.Decoder` says what each means."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -99,3 +99,8 @@ def _sparse(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         "moe/shared_gate": (Fs, D), "moe/shared_up": (Fs, D), "moe/shared_down": (D, Fs),
         "moe/shared_router": (1, D),
     }
+
+
+def least_divisor(size: int, least: int) -> int:
+    """The smallest divisor of `size` that is `least` or more; `size` where `least` is beyond it."""
+    return next(n for n in range(min(least, size), size + 1) if size % n == 0)

@@ -23,9 +23,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from qwen2_jax.cli.compilation_cache import enable_compilation_cache  # noqa: E402
+from qwen2_jax.plan.compiled import no_cache  # noqa: E402
 
 # Adding [D] to [B, T, D] must be written out, and bfloat16 must never turn into float32 unasked.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -65,12 +65,8 @@ def dtype_promotion(request):
 
 @pytest.fixture
 def no_compilation_cache():
-    """No persistent cache. JAX decides once a process whether it uses one, hence the resets."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+    with no_cache():
+        yield
 
 
 @pytest.fixture

@@ -79,11 +79,9 @@ def config(row: Row):
 
 def model_flops(row: Row) -> float:
     """Of one training step, both passes."""
-    from qwen2_jax.shapes import count_params
+    from qwen2_jax.plan import flops
 
-    cfg = config(row)
-    attention = 12 * cfg.layers * cfg.heads * cfg.head_dim * row.tokens / 2
-    return (6 * count_params(cfg).active + attention) * row.batch * row.tokens
+    return flops.model_flops(config(row), "train", row.batch, row.tokens)
 
 
 def cards() -> list[str]:

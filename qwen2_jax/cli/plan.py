@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from qwen2_jax.cli.info import find_model
 from qwen2_jax.cli.output import whole_file
+from qwen2_jax.config import Remat
 from qwen2_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from qwen2_jax.plan.topology import Topology
 
 MODES = ("train", "prefill", "decode")
-REMATS = ("full", "attention", "dots", "none")
 MOST = 2**31 - 1
 
 
@@ -45,7 +45,7 @@ def add_parser(subparsers) -> None:
                         help="rows on all devices together (default: one a device)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="what is computed in, and what serving holds; training holds float32 (default: bfloat16)")
-    parser.add_argument("--remat", choices=REMATS,
+    parser.add_argument("--remat", choices=get_args(Remat),
                         help="what training computes again in the backward pass (default: full, everything but the "
                              "blocks' inputs)")
     parser.add_argument("--quant", choices=("int8",), help="weights held in int8: prefill and decode")

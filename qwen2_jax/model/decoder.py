@@ -6,7 +6,7 @@ Shape letters: B rows on this device, T tokens, D model, h half a head's width, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qwen2_jax.config import LayerRun, ModelConfig
+from qwen2_jax.config import LayerRun, ModelConfig, Remat
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.attention import Attention, Context
 from qwen2_jax.model.heads import Head, table, vocab_split
@@ -35,7 +35,6 @@ from qwen2_jax.sharding.order import row_slots
 from qwen2_jax.sharding.rules import Rules
 from qwen2_jax.sharding.split import Split
 
-Remat = Literal["none", "full", "attention", "dots"]
 KEPT = {"attention": (ATTENDED,), "dots": (ATTENDED, PRODUCT)}
 """Names that each remat policy keeps beside the blocks' inputs."""
 
@@ -128,8 +127,8 @@ class Decoder(nn.Module):
 
         Whole rows: `segments_BT` (0 is padding) and `positions_BT` (restarting at each segment) describe packed or
         padded rows; without them a row is one segment from position 0. Where context splits a row, tokens lie as
-        `ax.balanced` says. With a cache: tokens go to slots and positions
-        start … start+T-1 of their row, `start` an int32 scalar or, for T = 1, [B].
+        `ax.balanced` says. With a cache: tokens go to slots and positions start … start+T-1 of their row, `start` an
+        int32 scalar or, for T = 1, [B].
 
         `long_B` bool [B], for `rope_when` "long": whole rows find it out themselves (a row is long when one of its
         tokens stands at `original_max_position` or beyond); with a cache the caller knows how long a request may grow.

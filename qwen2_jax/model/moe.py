@@ -100,7 +100,7 @@ class Moe(nn.Module):
         """Whether rows go to where they are wanted, or everywhere. By itself: where devices are more than choices, so
         that fewer travel, and can be sent ragged; not for a token at a time."""
         if self.exchange == "auto":
-            return self.ax.size(EXPERT) > self._moe.top_k and self.ax.chip.startswith("TPU") and tokens > 1
+            return self.ax.size(EXPERT) > self._moe.top_k and self.ax.on_tpu and tokens > 1
         if self.exchange not in get_args(ExpertExchange):
             raise UserError(f"expert_exchange '{self.exchange}' is not supported: "
                             f"{', '.join(get_args(ExpertExchange))} are")

@@ -41,7 +41,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments
     `product(some queries [B, t, N, H], bool [B, t, S])` may put a kernel in the place of scores, softmax and sum.
     """
     B, T, N, H = q_BTNH.shape
-    product = partial(_product, k_BSKH, v_BSKH) if product is None else product
+    if product is None:
+        product = partial(_product, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
     slots_BT = jnp.arange(T, dtype=jnp.int32)[None] if slots_BT is None else slots_BT
     key_slots_BS = slots_BT if key_slots_BS is None else key_slots_BS
     key_segments_BS = segments_BT if key_segments_BS is None else key_segments_BS
@@ -64,8 +65,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments
     return out.swapaxes(0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
 
 
-def _product(k_BSKH, v_BSKH, q_BtNH, mask_BtS):
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+def _product(k_BKSH, v_BKSH, q_BtNH, mask_BtS):
     p = jax.nn.softmax(_scores(q_BtNH, k_BKSH, mask_BtS), axis=-1)
     return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), q_BtNH.shape[2]).astype(q_BtNH.dtype)
 

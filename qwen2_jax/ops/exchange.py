@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen2_jax.ops.grouped import collect, sorted_copies, spread
+from qwen2_jax.shapes import least_divisor
 from qwen2_jax.sharding.axes import EXPERT, Axes
 
 ExpertExchange = Literal["auto", "gather", "all_to_all"]
@@ -31,7 +32,7 @@ def exchanged(experts: Callable, here: int, x_RD, weight_Rk, expert_Rk, ax: Axes
     all devices; where devices are more than choices, the rows go in pieces, so that the room is that of k copies.
     """
     R, k = expert_Rk.shape
-    pieces = _pieces(R, -(-ax.size(EXPERT) // k))
+    pieces = least_divisor(R, -(-ax.size(EXPERT) // k))
 
     def piece(rows):
         x_rD, weight_rk, expert_rk = rows
@@ -41,11 +42,6 @@ def exchanged(experts: Callable, here: int, x_RD, weight_Rk, expert_Rk, ax: Axes
         return piece((x_RD, weight_Rk, expert_Rk))
     split = jax.tree.map(lambda a: a.reshape(pieces, R // pieces, -1), (x_RD, weight_Rk, expert_Rk))
     return lax.map(jax.checkpoint(piece), split).reshape(R, -1)
-
-
-def _pieces(rows: int, least: int) -> int:
-    """The smallest divisor of `rows` that is `least` or more."""
-    return next(n for n in range(min(least, rows), rows + 1) if rows % n == 0)
 
 
 def _exchanged(experts: Callable, here: int, x_RD, weight_Rk, expert_Rk, ax: Axes):

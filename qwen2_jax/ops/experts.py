@@ -108,15 +108,15 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
     R, D = x_RD.shape
     k = expert_Rk.shape[1]
     E = w.gate_EFD.shape[0]
-    order_C, expert_C, token_C = _sorted_copies(expert_Rk)
-    sizes_E = jnp.bincount(expert_C, length=E + 1)[:E].astype(jnp.int32)
+    copies = sorted_copies(expert_Rk, E)
+    expert_C, sizes_E = expert_Rk.reshape(-1)[copies.copy_C], copies.sizes_E
     blocks_E = -(-sizes_E // ROW_BLOCK)
     last_block_E = jnp.cumsum(blocks_E)
     here_C = expert_C < E
     within_C = jnp.arange(R * k, dtype=jnp.int32) - (jnp.cumsum(sizes_E) - sizes_E)[expert_C]
     capacity = (min(R * k, -(-R * k // ROW_BLOCK) + E)) * ROW_BLOCK
     slot_C = jnp.where(here_C, (last_block_E - blocks_E)[expert_C] * ROW_BLOCK + within_C, capacity)
-    x_SD = jnp.zeros((capacity, D), x_RD.dtype).at[slot_C].set(x_RD[token_C], mode="drop")
+    x_SD = jnp.zeros((capacity, D), x_RD.dtype).at[slot_C].set(x_RD[copies.row_C], mode="drop")
 
     def block(i, y_SD):
         e = jnp.searchsorted(last_block_E, i, side="right")
@@ -127,18 +127,11 @@ def blocked_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights):
         return lax.dynamic_update_slice_in_dim(y_SD, matmul(h, down), i * ROW_BLOCK, 0)
 
     y_SD = lax.fori_loop(0, last_block_E[-1], block, jnp.zeros_like(x_SD, jnp.float32))
-    return _combine(jnp.where(here_C[:, None], y_SD[slot_C], 0), order_C, weight_Rk)
+    return _combine(jnp.where(here_C[:, None], y_SD[slot_C], 0), copies.copy_C, weight_Rk)
 
 
-def _sorted_copies(expert_Rk):
-    """Copies in order of expert, stable: (copy index, its expert, its row), each int32 [C]."""
-    flat_C = expert_Rk.reshape(-1)
-    order_C = jnp.argsort(flat_C, stable=True).astype(jnp.int32)
-    return order_C, flat_C[order_C], order_C // expert_Rk.shape[1]
-
-
-def _combine(y_CD, order_C, weight_Rk):
+def _combine(y_CD, copy_C, weight_Rk):
     """Undo the sort and add each row's k results in order of choice, float32 [R, D]."""
     R, k = weight_Rk.shape
-    y_CD = jnp.zeros_like(y_CD).at[order_C].set(y_CD)
+    y_CD = jnp.zeros_like(y_CD).at[copy_C].set(y_CD)
     return jnp.sum(y_CD.reshape(R, k, -1) * weight_Rk[..., None], axis=1)

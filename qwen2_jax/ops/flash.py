@@ -33,8 +33,7 @@ BLOCKS = (1024, 512, 256, 128)
 
 def suits(ax: Axes, dtype, tokens: int) -> bool:
     """Whether the kernel runs there, on pieces of `tokens` tokens."""
-    return ax.chip.startswith("TPU") and ax.chip not in ("TPU v2", "TPU v3") and dtype == jnp.bfloat16 and \
-        tokens % LANES == 0
+    return ax.has_pallas and dtype == jnp.bfloat16 and tokens % LANES == 0
 
 
 def flash_attend(q_BTNH, k_BSKH, v_BSKH, *, order: RowOrder, segments_BT=None, key_segments_BS=None, windowed=None,

@@ -42,9 +42,9 @@ class How:
     @classmethod
     def of(cls, ax: Axes, dtype) -> How:
         """The way for this kind of device."""
-        if not ax.chip.startswith("TPU"):
+        if not ax.on_tpu:
             return cls("ragged", ax)
-        return cls("kernel" if dtype == jnp.bfloat16 and ax.chip not in ("TPU v2", "TPU v3") else "tiles", ax)
+        return cls("kernel" if ax.has_pallas and dtype == jnp.bfloat16 else "tiles", ax)
 
 
 def grouped_matmul(x_CD, w_EOD, sizes_E, how: How):

@@ -18,6 +18,7 @@ from jax import lax
 
 from qwen2_jax.ops.dot import matmul
 from qwen2_jax.ops.quant import Int8, meaning
+from qwen2_jax.shapes import least_divisor
 from qwen2_jax.sharding.split import WHOLE, Split
 
 TOKEN_CHUNK = 1024
@@ -139,7 +140,7 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
     """All tokens at once, a part of the table at a time: so many rows of each device that spreads it, gathered."""
     ax, v = split.ax, table_vD.shape[0]
     owners, rows = ax.size(split.spread), x_RD.shape[0]
-    parts = next(n for n in range(min(v, -(-rows // chunk)), v + 1) if v % n == 0)
+    parts = least_divisor(v, -(-rows // chunk))
     own = v // parts
     first = ax.index(split.over) * owners * v
     owner_R, row_R = jnp.divmod(target_R - first, v)

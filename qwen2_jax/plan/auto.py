@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qwen2_jax.errors import UserError
@@ -9,6 +10,7 @@ from qwen2_jax.plan.estimate import Estimate, Sizes, candidates
 from qwen2_jax.plan.plan import Plan, Say, make_plan
 from qwen2_jax.plan.program import Task
 from qwen2_jax.plan.topology import Topology, slices
+from qwen2_jax.sharding.mesh import parse_mesh
 
 MOST_COMPILED = 3
 ROUGHNESS = 1.4
@@ -58,13 +60,5 @@ def smallest_that_fits(plan: Plan) -> Fitting | None:
 
 
 def _same_mesh(estimate: Estimate, plan: Plan) -> bool:
-    sizes = dict(part.split("=") for part in plan.mesh.split(","))
-    wanted = {name: _product(text) for name, text in sizes.items() if _product(text) > 1}
+    wanted = {name: size for name, factors in parse_mesh(plan.mesh).items() if (size := math.prod(factors)) > 1}
     return wanted == {name: size for name, size in estimate.sizes.__dict__.items() if size > 1}
-
-
-def _product(text: str) -> int:
-    total = 1
-    for factor in text.split("x"):
-        total *= int(factor)
-    return total

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from qwen2_jax.config import ModelConfig
+from qwen2_jax.config import ModelConfig, Remat
 from qwen2_jax.data.packing import PackedBatch
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.cache import cache_slots
-from qwen2_jax.model.decoder import Remat, abstract_params, param_specs
+from qwen2_jax.model.decoder import abstract_params, param_specs
 from qwen2_jax.ops.attention import KEY_BLOCK
 from qwen2_jax.ops.grouped_matmul import TILE_ROWS
 from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule
@@ -30,7 +30,7 @@ from qwen2_jax.plan.compiled import Buffer
 from qwen2_jax.plan.flops import Mode
 from qwen2_jax.plan.hlo import Instruction
 from qwen2_jax.serve.programs import Programs, PromptState, SlotState
-from qwen2_jax.serve.scheduler import PREFILL_CHUNKS
+from qwen2_jax.serve.scheduler import prefill_chunks
 from qwen2_jax.sharding.axes import BATCH, CONTEXT, EXPERT, Axes
 from qwen2_jax.sharding.mesh import BATCH_SPEC, REPLICATED, TOKENS_SPEC, make_mesh, shardings
 from qwen2_jax.train.losses import NextTokenLoss
@@ -171,8 +171,6 @@ def _prefill(task: Task, mesh: Mesh) -> Lowered:
                    _buffers((programs.params, prompt)))
 
 
-
-
 def _experts(task: Task, mesh: Mesh, tokens: int) -> dict[str, float]:
     """Turns of the loops of experts, for a router that favours none: each has its share of the `tokens` that all
     devices run together, in tiles where there is no kernel, and no device needs a second round."""
@@ -184,8 +182,8 @@ def _experts(task: Task, mesh: Mesh, tokens: int) -> dict[str, float]:
 
 
 def chunk_width(tokens: int) -> int:
-    """How many tokens of a prompt are run at a time: the least width that takes all, or the largest."""
-    return next((width for width in PREFILL_CHUNKS if width >= tokens), PREFILL_CHUNKS[-1])
+    """How many tokens of a prompt are run at a time: as generation begins it."""
+    return prefill_chunks(tokens)[0].width
 
 
 def _buffers(tree: Any) -> list[Buffer]:

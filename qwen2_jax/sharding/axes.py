@@ -57,6 +57,15 @@ class Axes:
             return cls(chip=jax.devices()[0].device_kind)
         return cls(tuple(mesh.shape.items()), chip=mesh.devices.flat[0].device_kind)
 
+    @property
+    def on_tpu(self) -> bool:
+        return self.chip.startswith("TPU")
+
+    @property
+    def has_pallas(self) -> bool:
+        """Whether kernels of Pallas run there in bfloat16: on TPU v4 and later."""
+        return self.on_tpu and self.chip not in ("TPU v2", "TPU v3")
+
     def splitting(self, tokens: Sequence[str]) -> Axes:
         """The same mesh, with the tokens of a row split over those of `tokens` that it has."""
         return dataclasses.replace(self, tokens=self.live(tokens))
@@ -130,7 +139,7 @@ class Axes:
 
     def varying(self, x) -> tuple[str, ...]:
         """Axes over which the devices may hold different values of the array `x`."""
-        return tuple(jax.typeof(x).manual_axis_type.varying) if self.sizes else ()
+        return _varying(x) if self.sizes else ()
 
     def vary(self, x, names: Sequence[str]):
         """Mark a replicated tree as this device's own copy; its gradient is then summed over `names`, once, here."""
@@ -146,8 +155,12 @@ class Axes:
 ONE_DEVICE = Axes()
 
 
+def _varying(x) -> tuple[str, ...]:
+    return tuple(jax.typeof(x).manual_axis_type.varying)
+
+
 def _vary(leaf, axes: tuple[str, ...]):
-    missing = tuple(a for a in axes if a not in jax.typeof(leaf).manual_axis_type.varying)
+    missing = tuple(a for a in axes if a not in _varying(leaf))
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
@@ -172,7 +185,7 @@ _exchange.defvjp(_exchange_forward, _exchange_backward)
 def _exchange_ragged(axis: str, rows: int, x, counts_nn):
     me, starts_nn = lax.axis_index(axis), jnp.cumsum(counts_nn, 0) - counts_nn
     sent_n, come_n = counts_nn[me], counts_nn[:, me]
-    out = _vary(lax.empty((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
+    out = _vary(lax.empty((rows, *x.shape[1:]), x.dtype), _varying(x))
     return lax.ragged_all_to_all(x, out, jnp.cumsum(sent_n) - sent_n, sent_n, starts_nn[me], come_n, axis_name=axis)
 
 
@@ -185,7 +198,7 @@ def _exchange_padded(axis: str, rows: int, most: int, x, counts_nn):
     padded = lax.all_to_all(x.at[source_nm].get(mode="fill", fill_value=0), axis, 0, 0)
     target_nm = (jnp.cumsum(come_n) - come_n)[:, None] + place_m[None]
     target_nm = jnp.where(place_m[None] < come_n[:, None], target_nm, rows)
-    out = _vary(jnp.zeros((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
+    out = _vary(jnp.zeros((rows, *x.shape[1:]), x.dtype), _varying(x))
     return out.at[target_nm].set(padded, mode="drop")
 
 

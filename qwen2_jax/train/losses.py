@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen2_jax.config import ModelConfig
+from qwen2_jax.config import ModelConfig, Remat
 from qwen2_jax.data.packing import PackedBatch
-from qwen2_jax.model.decoder import Decoder, Remat, param_specs
+from qwen2_jax.model.decoder import Decoder, param_specs
 from qwen2_jax.ops.exchange import ExpertExchange
 from qwen2_jax.ops.experts import RouterStats, load_balancing_loss
 from qwen2_jax.ops.vocab import target_logprobs
