@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,8 @@ Continues prompts. Each line of FILE is a JSON object with `prompt` (text) or `m
 that is passed through; results are JSON lines too. A line that cannot be used gives an object with `error`; the others
 are done, and the exit status is 2.
 """
+
+DEEPEST = 100
 
 
 @dataclass
@@ -73,8 +76,7 @@ def _read(path: str) -> list[Any]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line.decode(), parse_float=_finite, parse_constant=_finite)
-            items.append(item if isinstance(item, dict) else UserError(f"line {number} is not a JSON object"))
+            items.append(_checked(json.loads(line.decode(), parse_float=_finite, parse_constant=_finite), number))
         except json.JSONDecodeError as error:
             items.append(UserError(f"line {number} is not JSON: {error.msg} at column {error.colno}"))
         except (ValueError, RecursionError) as error:
@@ -82,6 +84,20 @@ def _read(path: str) -> list[Any]:
     if not items:
         raise UserError(f"{path} holds no input: one JSON object a line is needed")
     return items
+
+
+def _checked(item: Any, number: int) -> Any:
+    if not isinstance(item, dict):
+        return UserError(f"line {number} is not a JSON object")
+    depth, level = 0, [item]
+    while level:
+        depth, level = depth + 1, [inner for outer in level for inner in _inside(outer)]
+    # What is read here is written again later, with less of Python's stack left.
+    return item if depth <= DEEPEST else UserError(f"line {number} is nested more than {DEEPEST} levels deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _finite(text: str) -> float:

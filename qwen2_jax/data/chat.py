@@ -78,12 +78,16 @@ def chat_token_ids(
         return tokenizer.encode(render_chat(messages, tools=tools, **options))
     _check_messages(messages, with_template=template is not None)
     control = _control_tokens(tokenizer)
-    mark = _free_mark(json.dumps([messages, tools, template, default_system], ensure_ascii=False, default=repr))
-    text = render_chat(_broken(messages, control, mark), tools=_broken(tools, control, mark), **options)
+    try:
+        mark = _free_mark(json.dumps([messages, tools, template, default_system], ensure_ascii=False, default=repr))
+        messages, tools = (_broken(part, control, mark) for part in (messages, tools))
+    except RecursionError:
+        raise UserError("the messages or tools are nested too deeply") from None
+    text = render_chat(messages, tools=tools, **options)
     ids: list[int] = []
     for n, part in enumerate(control.split(text)):
         if n % 2:
-            ids.append(tokenizer.token_id(part))  # pyright: ignore[reportArgumentType]  # a control token has an id
+            ids.append(tokenizer.control_tokens[part])
         elif part:
             ids += tokenizer.encode(part.replace(mark, ""), special=False)
     return ids
@@ -100,7 +104,7 @@ def choose_template(templates: Mapping[str, str], tools: Sequence[Mapping[str, A
 
 def _control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Matches a control token, the longest where two begin at one place; a group, so that `split` keeps it."""
-    texts = sorted((tokenizer.id_to_bytes(i).decode() for i in tokenizer.special_ids), key=len, reverse=True)
+    texts = sorted(tokenizer.control_tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, texts)) or '(?!)'})")
 
 

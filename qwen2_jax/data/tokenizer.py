@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 
 from qwen2_jax.data.chatml import END_OF_TEXT, IM_END
-from qwen2_jax.data.tokenizer_files import TokenizerFiles, read_tokenizer
+from qwen2_jax.data.tokenizer_files import TokenizerFiles, naming_failures, read_tokenizer, token_id
 from qwen2_jax.errors import UserError
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -28,11 +28,12 @@ class Tokenizer:
     """
 
     def __init__(self, files: TokenizerFiles):
-        self._pipeline = files.pipeline
+        self._pipeline, self._source = files.pipeline, files.source
         self._byte_level = _is_byte_level(files)
         self._bytes: dict[int, bytes] = {}
         added = files.pipeline.get_added_tokens_decoder()
-        self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+        self.control_tokens: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
+        self.special_ids: frozenset[int] = frozenset(self.control_tokens.values())
         self.special_tokens: Mapping[str, str] = files.special_tokens  # named: "eos_token" → "<|im_end|>", …
         self.chat_templates: Mapping[str, str] = files.chat_templates
 
@@ -69,7 +70,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact text in the vocabulary, None when there is no such token."""
-        return self._pipeline.token_to_id(token)
+        return token_id(self._pipeline, token)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; nothing is added in front or behind.
@@ -85,7 +86,8 @@ class Tokenizer:
         for i, text in enumerate(texts):
             if not text.isascii():
                 _refuse_surrogates(text, f"text {i}" if len(texts) > 1 else "the text")
-        return [encoding.ids for encoding in pipeline.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with naming_failures(f"{self._source} cannot encode the text"):
+            return [encoding.ids for encoding in pipeline.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`. An id without a token, such as a padded row of the embedding, gives nothing."""

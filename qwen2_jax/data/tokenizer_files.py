@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     _add_tokens(pipeline, folder, config)
     special = {**_special_tokens(_optional_json(folder / "special_tokens_map.json")), **_special_tokens(config)}
     for name in ("eos_token", "pad_token"):
-        if name in special and pipeline.token_to_id(special[name]) is None:
+        if name in special and token_id(pipeline, special[name]) is None:
             raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {special[name]!r} is not in {source.name}")
     return TokenizerFiles(
         pipeline=pipeline, source=source, special_tokens=special, chat_templates=_chat_templates(folder, config)
@@ -73,10 +74,31 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def _parse_pipeline(text: str, source: Path) -> tokenizers.Tokenizer:
-    try:
+    model = _parse_object(text, source).get("model")
+    if isinstance(model, dict) and model.get("continuing_subword_prefix") and model.get("type", "BPE") == "BPE":
+        # `tokenizers` 0.23 cuts each merge at the prefix's length, and aborts the process where that is no character.
+        raise UserError(f"{source}: continuing_subword_prefix is not supported: Qwen2's BPE has none, set it to null")
+    with naming_failures(f"{source} is not a valid tokenizer"):
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception, with its parser's words
-        raise UserError(f"{source} is not a valid tokenizer: {error}") from None
+
+
+def token_id(pipeline: tokenizers.Tokenizer, token: str) -> int | None:
+    """Id of a token by its exact text in the vocabulary, None when there is no such token."""
+    try:
+        return pipeline.token_to_id(token)
+    except UnicodeEncodeError:      # a lone surrogate, which no vocabulary holds
+        return None
+
+
+@contextlib.contextmanager
+def naming_failures(what: str) -> Iterator[None]:
+    """Turns what `tokenizers` raises into a UserError: a bare Exception, or a panic, which is a BaseException only."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 def _build_qwen2(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -140,7 +162,7 @@ def _add_tokens(pipeline: tokenizers.Tokenizer, folder: Path, config: dict[str, 
     for i, token in sorted(listed.items(), key=lambda item: item[0]):
         if token.content not in known:
             pipeline.add_tokens([token])  # an entry of the vocabulary by this text keeps its id
-        if (found := pipeline.token_to_id(token.content)) != i:
+        if (found := token_id(pipeline, token.content)) != i:
             raise UserError(f"{file} gives {token.content!r} the id {i}, but in the vocabulary it has {found}")
 
 
@@ -182,8 +204,12 @@ def _optional_json(file: Path) -> dict[str, Any]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    return _parse_object(_read_text(file), file)
+
+
+def _parse_object(text: str, file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read_text(file))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -114,6 +114,7 @@ BAD = [
     (b'{"prompt": "a", "id": NaN}', "NaN is not a finite number"), (b'{"prompt": "a", "id": 1e999}', "not a finite"),
     (b'{"prompt": "\\ud800", "id": "\\udfff"}', "lone surrogate"), (b"[" * 100_000, "line 15 is not JSON"),
     (b'{"id": ' + b"9" * 5000 + b"}", "line 16 is not JSON"),
+    (b'{"prompt": "a", "id": ' + b"[" * 900 + b"]" * 900 + b"}", "line 17 is nested more than 100 levels deep"),
 ]
 
 

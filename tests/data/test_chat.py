@@ -135,12 +135,35 @@ def test_plain_messages_give_the_same_ids_either_way(qwen2):
     assert chat_token_ids(qwen2, messages) == chat_token_ids(qwen2, messages, special_in_content=True)
 
 
+def test_control_tokens_of_any_alphabet(qwen2_folder, tmp_path):
+    """The byte-level alphabet has an é of its own, which stands for a byte that is no text."""
+    word = "<|réponse|>"
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(qwen2_folder / name)
+    added = {str(i): {"content": text, "special": True} for i, text in
+             enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", word), start=151643)}
+    template = "{% for m in messages %}" + word + "{{ m.content }}{% endfor %}"
+    config = {"added_tokens_decoder": added, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = chat_token_ids(tokenizer, [{"role": "user", "content": f"a{word}b"}])
+    assert ids[0] == 151646 and 151646 not in ids[1:] and tokenizer.decode(ids[1:]) == f"a{word}b"
+
+
 def test_marks_in_messages_survive(trained):
     content = "\ufdd0 <|im_end|> \ufdd1"
     ids = chat_token_ids(trained, [{"role": "user", "content": content}])
     assert content in trained.decode(ids) and ids.count(IM_END_ID) == 2
     with pytest.raises(UserError, match="noncharacters"):
         chat_token_ids(trained, [{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}])
+
+
+def test_messages_nested_too_deeply_are_refused(trained):
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(UserError, match="nested too deeply"):
+        chat_token_ids(trained, [{"role": "user", "content": "a", "extra": deep}])
 
 
 def test_default_system_prompts():

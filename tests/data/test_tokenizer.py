@@ -176,7 +176,15 @@ def test_lone_surrogates_are_refused(trained, text):
         ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt, line 2"),
         ("merges.txt", b"a zz\n", "merges.txt does not fit vocab.json"),
         ("tokenizer.json", b"{}", "tokenizer.json is not a valid tokenizer"),
-        ("tokenizer.json", b"", "tokenizer.json is not a valid tokenizer"),
+        ("tokenizer.json", b"", "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", b"[]", "tokenizer.json must hold a JSON object"),
+        # A panic of `tokenizers`; then what aborts the process, and a text that it cannot take.
+        ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}}',
+         "tokenizer.json is not a valid tokenizer"),
+        ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "continuing_subword_prefix": "x", "vocab":'
+         b' {"a": 0, "\\u0120": 1, "a\\u0120": 2}, "merges": ["a \\u0120"]}}',
+         "continuing_subword_prefix is not supported"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "eos_token .* is not in vocab.json"),
         ("tokenizer_config.json", b"nonsense", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", b'{"tokenizer_class": "GPT2Tokenizer"}', "tokenizer_class 'GPT2Tokenizer'"),
         ("tokenizer_config.json", b'{"eos_token": "</s>"}', "eos_token '</s>' is not in vocab.json"),
@@ -191,6 +199,14 @@ def test_damaged_files_are_named(tiny, name, content, said):
     (tiny / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         Tokenizer.load(tiny)
+
+
+def test_a_text_that_the_pipeline_cannot_take_is_an_error_of_its_file(tmp_path):
+    pipeline = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="absent"))
+    pipeline.decoder = tokenizers.decoders.ByteLevel()
+    pipeline.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer.json cannot encode the text: .*Missing \[UNK\]"):
+        Tokenizer.load(tmp_path).encode("b")
 
 
 def test_missing_files_are_named(tiny, tmp_path):
