@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qwen2_jax.checkpoint import files, names
 from qwen2_jax.checkpoint.hf import HfWriter
+from qwen2_jax.checkpoint.hub import expand_user
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.pieces import Reader, Writer, read_ahead
 from qwen2_jax.checkpoint.source import PARAMS, Checkpoint, open_checkpoint
@@ -61,7 +62,7 @@ def convert(src: str | Path, dst: str | Path, *, to: Kind, dtype: DtypeName = "k
     check_choice("to", to, KINDS)
     check_choice("dtype", dtype, tuple(DTYPES))
     limit = parse_size(max_shard_size)
-    src_path, dst_path = Path(src).expanduser(), Path(dst).expanduser()
+    src_path, dst_path = expand_user(src), expand_user(dst)
     if src_path.exists() and dst_path.exists() and src_path.samefile(dst_path):
         raise UserError(f"{src} is both source and destination: choose another destination")
     checkpoint = open_checkpoint(src, revision=revision, ignore=ignore)
@@ -121,7 +122,7 @@ def _check_stackable(slots: list[Slot], dtypes: list[np.dtype]) -> None:
 def parse_size(size: int | str) -> int:
     """Bytes of 300, "300", "5GB" (10^9) or "5GiB" (2^30). Raises UserError when it is neither or not positive."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    count = 0 if match is None else int(float(match[1]) * _UNITS.get(match[2].upper(), 0))
+    count = 0 if match is None else int(min(float(match[1]), 2**63) * _UNITS.get(match[2].upper(), 0))
     if count <= 0:
         raise UserError(f"--max-shard-size {size} is not a size: write 5GB, 500MB or 2GiB")
     return count

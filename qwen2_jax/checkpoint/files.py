@@ -19,7 +19,8 @@ FORMAT = 1
 # With the modules that an `auto_map` in a config names: transformers needs them beside it.
 TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "configuration_*.py", "modeling_*.py", "vocab.json", "vocab.txt",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken",
-                   "*.model", "additional_chat_templates")
+                   "*.model")
+TOKENIZER_FOLDER = "additional_chat_templates"
 
 
 def write_model_files(folder: Path, cfg: ModelConfig, *, beside: Path | None = None) -> None:
@@ -37,7 +38,8 @@ def write_model_files(folder: Path, cfg: ModelConfig, *, beside: Path | None = N
         if stops:
             generation["eos_token_id"] = list(dict.fromkeys(stops))
         for file in sorted(beside.iterdir()):
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES):
+            # No other folder: DST itself may lie here, by a name like `tokenizer-2`.
+            if file.name == TOKENIZER_FOLDER if file.is_dir() else _is_tokenizer_file(file.name):
                 _copy(file, folder / file.name)
     _write_json(folder / GENERATION, generation)
 
@@ -54,6 +56,10 @@ def check_mark(folder: Path) -> None:
         if found != FORMAT:
             raise UserError(f"{folder / MARK}: checkpoint format {shown(found)}, this version of qwen2_jax reads"
                             f" {FORMAT}: use the version that wrote it")
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
 
 
 def _copy(src: Path, dst: Path) -> None:

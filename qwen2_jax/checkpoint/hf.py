@@ -83,7 +83,7 @@ class HfReader:
 
 
 def _files(src: Path) -> list[Path]:
-    if src.is_file():
+    if not src.is_dir():
         return [src]
     if (src / SINGLE).exists():
         return [src / SINGLE]
@@ -117,7 +117,7 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _check_index(src: Path, stored: dict[str, StoredTensor]) -> None:
-    if src.is_file() or (src / SINGLE).exists() or not (src / INDEX).exists():
+    if not src.is_dir() or (src / SINGLE).exists() or not (src / INDEX).exists():
         return
     headers: dict[str, set[str]] = {}
     for name, shard in _read_index(src / INDEX).items():

@@ -22,7 +22,7 @@ def local_path(src: str | Path, *, revision: str | None = None) -> Path:
     """
     if src == "":
         raise UserError("the checkpoint's name is empty: a folder, a file or a hub repository is needed")
-    path = Path(src).expanduser()
+    path = expand_user(src)
     if path.exists():
         if revision is not None:
             raise UserError(f"--revision {revision} goes with a hub repository, but {src} is a local path: leave it"
@@ -31,6 +31,14 @@ def local_path(src: str | Path, *, revision: str | None = None) -> Path:
     if not isinstance(src, str) or not _REPO_ID.match(src):
         raise UserError(f"{src} does not exist, and it does not look like a hub repository (owner/name)")
     return _download(src, revision)
+
+
+def expand_user(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~user` spelled out; UserError when that user has no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no home folder of that user; write the path out") from None
 
 
 def _download(repo: str, revision: str | None) -> Path:

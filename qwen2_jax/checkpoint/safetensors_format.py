@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 SMALLEST_READ = 4096
 """Bytes of a row below which whole rows are read: storage gives no less than a page."""
 _HEADER_LIMIT = 100_000_000  # the reference reader refuses more
+_MOST_AXES, _LONGEST_TEXT = 32, 500  # of a shape, and of a name or dtype: far more than any model has
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ class StoredTensor:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Names and places of all tensors of a file; raises UserError, naming the file, for anything that does not fit."""
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):    # opening a pipe would wait for a writer
+            raise UserError(f"cannot read {file}: it is no regular file")
+        size = status.st_size
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
@@ -109,15 +114,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _entry(file: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     def whole(values: object) -> bool:
-        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+        return (isinstance(values, list) and len(values) <= _MOST_AXES
+                and all(type(v) is int and 0 <= v < 2**63 for v in values))
 
-    if not name.isprintable():
-        raise _corrupt(file, "a tensor name holds unprintable characters")
+    if not name.isprintable() or len(name) > _LONGEST_TEXT:
+        raise _corrupt(file, f"a tensor name holds unprintable characters, or more than {_LONGEST_TEXT}")
+    unsound = _corrupt(file, f"the entry of {name} lacks dtype, shape or data_offsets, or they are out of range")
     if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
-        raise _corrupt(file, f"the entry of {name} lacks dtype, shape or data_offsets")
+        raise unsound
     code, shape, offsets = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
-    if not isinstance(code, str) or not code.isprintable() or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _corrupt(file, f"the entry of {name} lacks dtype, shape or data_offsets")
+    if not isinstance(code, str) or not code.isprintable() or len(code) > _LONGEST_TEXT:
+        raise unsound
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise unsound
     if code in DTYPES:
         needed = math.prod(shape) * DTYPES[code].itemsize
         if offsets[1] - offsets[0] != needed:

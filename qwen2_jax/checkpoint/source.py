@@ -41,7 +41,7 @@ def open_checkpoint(src: str | Path, *, revision: str | None = None, ignore: Seq
     path = local_path(src, revision=revision)
     tree = _tree_folder(path)
     if tree is None:
-        folder = _config_folder(path.parent if path.is_file() else path, up=0)
+        folder = _config_folder(path if path.is_dir() else path.parent, up=0)
         cfg = hf_config.read_config(folder, ignore=ignore)
         slots = names.slots(cfg)
         weights = HfReader(path)
@@ -60,7 +60,7 @@ def open_checkpoint(src: str | Path, *, revision: str | None = None, ignore: Seq
 
 def _tree_folder(path: Path) -> Path | None:
     """The folder of the Orbax parameter tree, or None when `path` is not an Orbax checkpoint."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is not a .safetensors file: give one, or a folder, or an Orbax checkpoint")
         return None

@@ -212,6 +212,25 @@ def test_bad_choices_and_sizes(hf_folder, tmp_path):
         with pytest.raises(UserError, match=value):
             convert(hf_folder("dense"), tmp_path / "dst", **{"to": "orbax", name: value})
     assert [parse_size(s) for s in ("5GB", "2GiB", "1.5 MB", "300", 7)] == [5 * 10**9, 2 * 2**30, 1_500_000, 300, 7]
+    assert parse_size("9" * 400) == 2**63  # beyond what a float holds; no limit at all
+
+
+@pytest.mark.parametrize("src", ["/dev/null", "/dev/zero"])
+def test_a_device_is_no_checkpoint(src, tmp_path):
+    with pytest.raises(UserError, match=f"{src} is not a .safetensors file"):
+        convert(src, tmp_path / "dst", to="orbax")
+
+
+def test_a_user_without_a_home_as_destination(hf_folder):
+    with pytest.raises(UserError, match="no home folder of that user"):
+        convert(hf_folder("dense"), "~no-such-user/dst", to="orbax")
+
+
+def test_destination_in_the_source_under_a_tokenizers_name(hf_folder, tmp_path):
+    src = shutil.copytree(hf_folder("dense"), tmp_path / "src")
+    (src / "additional_chat_templates").mkdir()
+    convert(src, src / "tokenizer-2", to="safetensors")
+    assert [p.name for p in (src / "tokenizer-2").iterdir() if p.is_dir()] == ["additional_chat_templates"]
 
 
 def test_command_line(hf_folder, tensors, run_cli, tmp_path):

@@ -72,6 +72,11 @@ def test_a_path_that_does_not_exist(src, monkeypatch):
         hub.local_path(src)
 
 
+def test_the_home_of_a_user_who_is_not_there():
+    with pytest.raises(UserError, match="no home folder of that user"):
+        hub.local_path("~no-such-user/model")
+
+
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(UserError, match="the checkpoint's name is empty"):
         hub.local_path("")

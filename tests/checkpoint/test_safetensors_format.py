@@ -92,12 +92,24 @@ SOUND = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
     (SOUND | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [20, 24]}}, bytes(24), "b starts at byte 20"),
     (SOUND | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [28, 32]}}, bytes(32), "b starts at byte 28"),
     ({"a\nb": SOUND["a"]}, bytes(24), "unprintable"),
+    ({"a" * 1000: SOUND["a"]}, bytes(24), "unprintable characters, or more than 500"),
+    # Numbers that Python would not even print.
+    ({"a": {"dtype": "F32", "shape": [10**4000, 10**4000], "data_offsets": [0, 24]}}, bytes(24), "entry of a.*range"),
+    ({"a": {"dtype": "F32", "shape": [2**40] * 1000, "data_offsets": [0, 24]}}, bytes(24), "entry of a.*range"),
+    ({"a": {"dtype": "?", "shape": [1], "data_offsets": [0, 10**4300 - 1]}}, bytes(24), "entry of a.*range"),
+    ({"a": {"dtype": "F" * 1000, "shape": [1], "data_offsets": [0, 24]}}, bytes(24), "entry of a.*range"),
 ])
 def test_damage_is_named(header, data, message, tmp_path):
     file = write(tmp_path / "x.safetensors", header, data)
     with pytest.raises(UserError, match=message) as error:
         read_header(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors: it is no regular file"):
+        read_header(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x05\0\0", struct.pack("<Q", 2**60), struct.pack("<Q", 9) + b"{}"])
