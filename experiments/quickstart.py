@@ -47,6 +47,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import Decoder, init_params
 from qwen2_jax.ops.vocab import logits
 from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule
+from qwen2_jax.serve.defaults import check_seed
 from qwen2_jax.train.evaluate import Evaluate, make_evaluation
 from qwen2_jax.train.loop import fit
 from qwen2_jax.train.losses import NextTokenLoss
@@ -281,6 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.steps < 1:
             raise UserError(f"--steps must be at least 1, found {args.steps}")
+        check_seed(args.seed)
         summary = quickstart(dataclasses.replace(default, steps=args.steps, seed=args.seed), args.out)
     except UserError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)

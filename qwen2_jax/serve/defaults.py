@@ -131,4 +131,6 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     for s in stop:
         if not isinstance(s, str) or not s:
             raise UserError(f"stop strings must be texts of at least one character, found {s!r}")
+        if any("\ud800" <= char <= "\udfff" for char in s):
+            raise UserError(f"stop string {s!r} holds a lone surrogate, which no text of a model does")
     return stop

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
         raise UserError(f"a checkpoint is a folder, a file or a hub id, found {path!r}")
     if rope_when not in get_args(RopeWhen):
         raise UserError(f"rope_when {rope_when!r} is not supported: {', '.join(get_args(RopeWhen))} are")
+    if not isinstance(ignore_fields, Sequence) or isinstance(ignore_fields, str):
+        raise UserError(f"ignore_fields must be a list of names of fields, found {ignore_fields!r}")
     check_quant(quant)
     checkpoint = open_checkpoint(path, revision=revision, ignore=ignore_fields)
     cfg = checkpoint.cfg
@@ -129,7 +131,7 @@ class LM:
         for i, row in enumerate(rows):
             self.limits.check(len(row), 0, f"row {i}")
         out = score.logits(self._programs, rows, [self.limits.is_long(len(row)) for row in rows])
-        return np.asarray(out, np.float32).reshape(*ids.shape, -1) if hasattr(ids, "ndim") and out else out
+        return np.asarray(out, np.float32).reshape(*ids.shape, self.cfg.vocab) if hasattr(ids, "ndim") else out
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]], *, truncate: Truncate = None,
                       progress: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
@@ -143,6 +145,8 @@ class LM:
         """
         tokenizer = self._need_tokenizer()
         check_truncate(truncate)
+        if not isinstance(pairs, Iterable):
+            raise UserError(f"pairs must be a list of (context, continuation), found {pairs!r}")
         rows, starts = [], []
         for i, pair in enumerate(pairs):
             ids, start = score.encode_pair(tokenizer, pair, i)
@@ -181,9 +185,12 @@ class LM:
         """
         check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                        repetition_penalty=repetition_penalty, stop=stop, seed=seed, n=n, truncate=truncate)
-        if not isinstance(prompts, Sequence | np.ndarray):
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        elif getattr(prompts, "ndim", 0):       # an array's rows, numpy's or JAX's
+            prompts = list(np.asarray(prompts))
+        elif not isinstance(prompts, Sequence):
             raise UserError(f"prompts must be a text, or a list of texts or of lists of token ids, found {prompts!r}")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = self.defaults.choose(temperature=temperature, top_p=top_p, top_k=top_k,
                                         repetition_penalty=repetition_penalty)
         if temperature is None and sampling.temperature == 0 and (top_p is not None or top_k is not None):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen2_jax.data.chatml import END_OF_TEXT
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.serve.programs import Programs
@@ -60,9 +61,11 @@ def encode_pair(tokenizer: Tokenizer, pair: tuple[str, str], number: int) -> tup
         raise UserError(f"pair {number}: the continuation is empty, it has no likelihood")
     head = context.rstrip()
     if not head:
-        if tokenizer.pad_id is None:
+        end = tokenizer.token_id(END_OF_TEXT)   # pad_token may be another: <|vision_pad|> in some fine-tuned models
+        end = tokenizer.pad_id if end is None else end
+        if end is None:
             raise UserError(f"pair {number}: the context is empty, and the tokenizer has no end-of-text token instead")
-        return [tokenizer.pad_id, *tokenizer.encode(context + continuation)], 1
+        return [end, *tokenizer.encode(context + continuation)], 1
     ids, start = tokenizer.encode(context + continuation), len(tokenizer.encode(head))
     if start >= len(ids):
         raise UserError(f"pair {number}: its continuation {continuation!r} melts into the context's last token")

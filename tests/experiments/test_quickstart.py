@@ -143,3 +143,6 @@ def test_user_errors_are_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "quickstart: error: no sources\n"
     assert main(["--steps", "0"]) == 2
     assert "--steps must be at least 1, found 0" in capsys.readouterr().err
+    for seed in ("-1", str(2**32)):     # known before a tokenizer is trained
+        assert main([f"--seed={seed}"]) == 2
+        assert "seed must be" in capsys.readouterr().err

@@ -98,7 +98,8 @@ def test_files_that_are_refused_by_name(read, config, message):
     (dict(max_new_tokens=1.5), "max_new_tokens"), (dict(n=0), "n must be a whole number of at least 1, found 0"),
     (dict(seed=-1), "seed must be a whole number of at least 0"), (dict(seed=2**32), "seed must be below 4294967296"),
     (dict(seed=0.5), "seed"), (dict(stop=["a", ""]), "stop strings must be texts of at least one character, found ''"),
-    (dict(stop=[5]), "stop strings"), (dict(truncate="right"), "truncate must be 'left' or None, found 'right'"),
+    (dict(stop=[5]), "stop strings"), (dict(stop="\udcff"), r"stop string '\udcff' holds a lone surrogate"),
+    (dict(truncate="right"), "truncate must be 'left' or None, found 'right'"),
 ])
 def test_settings_that_no_model_takes(settings, message):
     with pytest.raises(UserError) as error:

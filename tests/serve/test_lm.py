@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,6 +54,13 @@ def test_logits_of_lists_and_arrays(load):
         assert isinstance(found, np.ndarray) and found.shape == (2, 5, VOCAB) and found.dtype == np.float32
     assert (lm.logits(np.array(rows)) == np.stack(listed)).all()
     assert lm.logits([]) == []
+    none = lm.logits(np.zeros((0, 5), int))
+    assert isinstance(none, np.ndarray) and none.shape == (0, 5, VOCAB)
+    ids = [g.token_ids for g in lm.generate(rows, max_new_tokens=2, **GREEDY)]
+    for array in (np.array(rows), jnp.array(rows)):
+        assert [g.token_ids for g in lm.generate(array, max_new_tokens=2, **GREEDY)] == ids
+    with pytest.raises(UserError, match="prompts must be a text, or a list"):
+        lm.generate(np.array(5))
 
 
 @pytest.mark.parametrize("ids, message", [
@@ -159,6 +167,8 @@ def test_likelihoods_that_are_refused_or_cut(load):
     words = "a b " * 600
     with pytest.raises(UserError, match=r"pair 0 without its last token has \d+ tokens; the model's context is 1024"):
         lm.loglikelihood([(words, "c")])
+    with pytest.raises(UserError, match="pairs must be a list"):
+        lm.loglikelihood(None)
     with pytest.raises(UserError, match="truncate must be"):
         lm.loglikelihood([("a", "b")], truncate="right")
     with pytest.raises(UserError, match="its continuation alone exceeds the context of 1024 tokens"):
@@ -172,6 +182,20 @@ def test_likelihoods_that_are_refused_or_cut(load):
     done = []
     lm.loglikelihood([("a", "b")] * 20, progress=done.append)
     assert sum(done) == 20 and len(done) > 1 and lm.loglikelihood([]) == []
+
+
+def test_an_empty_context_is_the_end_of_text_whatever_pads(edited, load):
+    lm = load("dense")
+    files = {"tokenizer_config.json": {"pad_token": "<|im_end|>"}, "special_tokens_map.json": None}
+    padded = qwen2_jax.load(edited("dense", files))
+    assert padded.tokenizer.pad_id != lm.tokenizer.pad_id
+    assert padded.loglikelihood([("", "import")]) == lm.loglikelihood([("", "import")])
+
+
+@pytest.mark.parametrize("names", ["new_field", 5])
+def test_fields_to_ignore_are_a_list(checkpoint, names):
+    with pytest.raises(UserError, match="ignore_fields must be a list of names"):
+        qwen2_jax.load(checkpoint("dense"), ignore_fields=names)
 
 
 # Sampling.
