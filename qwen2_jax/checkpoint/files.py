@@ -63,6 +63,8 @@ def _is_tokenizer_file(name: str) -> bool:
 
 
 def _copy(src: Path, dst: Path) -> None:
+    if not src.exists():
+        raise UserError(f"cannot read {src}: it is a link to {src.readlink()}, which does not exist")
     try:
         if src.is_dir():
             shutil.copytree(src, dst)

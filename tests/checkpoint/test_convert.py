@@ -226,6 +226,21 @@ def test_a_user_without_a_home_as_destination(hf_folder):
         convert(hf_folder("dense"), "~no-such-user/dst", to="orbax")
 
 
+@pytest.mark.parametrize("to", ["orbax", "safetensors"])
+def test_small_files_that_cannot_be_read_are_known_before_weights_are_copied(to, hf_folder, tmp_path, monkeypatch):
+    src = shutil.copytree(hf_folder("dense"), tmp_path / "src")
+    monkeypatch.setattr("qwen2_jax.checkpoint.convert._copy", lambda *_: pytest.fail("weights were copied"))
+    (src / "tokenizer.json").unlink()
+    (src / "tokenizer.json").symlink_to("/no/such/blob")
+    with pytest.raises(UserError, match=r"cannot read .*src/tokenizer.json: it is a link to /no/such/blob, which does"):
+        convert(src, tmp_path / "dst", to=to)
+    (src / "tokenizer.json").unlink()
+    (src / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config.json is not valid JSON"):
+        convert(src, tmp_path / "dst", to=to)
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
 def test_destination_in_the_source_under_a_tokenizers_name(hf_folder, tmp_path):
     src = shutil.copytree(hf_folder("dense"), tmp_path / "src")
     (src / "additional_chat_templates").mkdir()
