@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen2_jax.checkpoint.json_fields import Fields, is_number, is_whole, read_object
+from qwen2_jax.checkpoint.json_fields import Fields, is_number, is_whole, read_object, shown
 from qwen2_jax.errors import UserError
 from qwen2_jax.serve.scheduler import Sampling
+
+log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 256
 """Where neither the caller nor the checkpoint says how much to generate."""
@@ -22,6 +25,14 @@ PENALTIES = (1e-3, 1e3)
 
 MOST_SAMPLES = 100_000
 """Most samples of one prompt in one call: each is kept in memory until all are done."""
+NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
+    "no_repeat_ngram_size": (0,), "min_new_tokens": (0,), "min_length": (0,), "num_beams": (1,), "min_p": (0,),
+    "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": (), "penalty_alpha": (0,),
+    "encoder_repetition_penalty": (1,), "guidance_scale": (1,), "bad_words_ids": ([],), "sequence_bias": ([], {}),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": ([],),
+    "exponential_decay_length_penalty": (), "stop_strings": ([],), "watermarking_config": (),
+}
+"""What else changes the tokens that transformers generates, and the values with which it does not."""
 GREEDY, PLAIN = Sampling(), Sampling(temperature=1.0)
 
 
@@ -46,6 +57,10 @@ class GenerationDefaults:
         if not path.exists():
             return cls()
         fields = Fields(read_object(path), f"{path}: ")
+        for name, harmless in NOT_IMPLEMENTED.items():
+            if fields.data.get(name) not in (None, False, *harmless):
+                log.warning("%s: %s is not implemented and has no effect, found %s", path, name,
+                            shown(fields.data[name]))
         single = is_whole(fields.data.get("eos_token_id"))
         stop: tuple[int, ...] = (
             (fields.whole("eos_token_id"),) if single else fields.list_of(int, "eos_token_id", ()))

@@ -63,6 +63,14 @@ def test_partial_files(read, config, expected):
     assert read(config).choose(**NOTHING) == expected
 
 
+def test_settings_of_transformers_that_have_no_effect_here_are_said(read, caplog):
+    read({"no_repeat_ngram_size": 3, "num_beams": 1, "min_p": 0.0, "bad_words_ids": [], "stop_strings": ["a"],
+          **INSTRUCT})
+    assert [r.getMessage().partition("generation_config.json: ")[2] for r in caplog.records] == [
+        "no_repeat_ngram_size is not implemented and has no effect, found 3",
+        'stop_strings is not implemented and has no effect, found ["a"]']
+
+
 @pytest.mark.parametrize("config, message", [
     ("{", "generation_config.json"),
     ("[]", "generation_config.json"),
