@@ -83,8 +83,9 @@ def write_checkpoint(reader: Reader, cfg: ModelConfig, dst: Path, *, to: Kind, d
     size = sum(math.prod(slot.shape) * dtype.itemsize for slot, dtype in zip(slots, dtypes, strict=True))
     with staged(dst, needed=int(size * _LEAST_SIZE[to])) as partial:
         writer = _writer(to, partial, cfg, slots, dtypes, max_shard_bytes)
-        files.write_model_files(partial, cfg, beside=beside)    # first, for it finds out in no time what cannot be read
+        files.write_files_beside(partial, cfg, beside)  # first, for that shows in no time what cannot be read
         _copy(reader, writer, slots, dtypes, size if progress else None)
+        files.write_config(partial, cfg)    # last: what a killed run leaves has none, so nothing opens it
         if to == "orbax":
             files.write_mark(partial)
         return None if verify is None else compare(verify, open_checkpoint(partial), progress=progress)

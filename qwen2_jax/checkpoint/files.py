@@ -29,7 +29,17 @@ def write_model_files(folder: Path, cfg: ModelConfig, *, beside: Path | None = N
     From `beside` (None: nothing) come the tokenizer's files and the fields of generation_config.json, whose stop ids
     are joined with those that every chat model of the family needs.
     """
+    write_config(folder, cfg)
+    write_files_beside(folder, cfg, beside)
+
+
+def write_config(folder: Path, cfg: ModelConfig) -> None:
+    """Writes config.json, without which a folder is no checkpoint."""
     _write_json(folder / CONFIG, hf_config.to_hf(cfg))
+
+
+def write_files_beside(folder: Path, cfg: ModelConfig, beside: Path | None) -> None:
+    """Writes what `write_model_files` does, but config.json."""
     generation = hf_config.generation_config(cfg)
     if beside is not None:
         theirs = read_object(beside / GENERATION) if (beside / GENERATION).exists() else {}

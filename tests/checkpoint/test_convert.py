@@ -241,6 +241,22 @@ def test_small_files_that_cannot_be_read_are_known_before_weights_are_copied(to,
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
+@pytest.mark.parametrize("to", ["orbax", "safetensors"])
+def test_what_a_killed_run_leaves_is_no_checkpoint(to, hf_folder, tmp_path, monkeypatch):
+    left = []
+
+    def killed(*_):
+        [partial] = tmp_path.iterdir()
+        left.append(shutil.copytree(partial, tmp_path / "left"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen2_jax.checkpoint.convert._copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(hf_folder("dense"), tmp_path / "dst", to=to)
+    with pytest.raises(UserError, match=r"left has no config\.json"):
+        open_checkpoint(left[0])
+
+
 def test_destination_in_the_source_under_a_tokenizers_name(hf_folder, tmp_path):
     src = shutil.copytree(hf_folder("dense"), tmp_path / "src")
     (src / "additional_chat_templates").mkdir()
