@@ -9,6 +9,7 @@ Model", chapter "Sharded matrices").
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Torus:
     def seconds(self, kind: str, size: float, groups: Groups) -> float:
         """Time of one collective over a full buffer of `size` bytes a device; the slowest group decides."""
         if kind == "collective-permute":
-            return max((size * self._hops(source, target) for source, target in groups), default=0.0)
+            return size * self._fullest(groups)
         return max((self._group_seconds(kind, size, group) for group in groups), default=0.0)
 
     def _group_seconds(self, kind: str, size: float, group: tuple[int, ...]) -> float:
@@ -83,20 +84,28 @@ class Torus:
     def _sizes(self) -> tuple[int, ...]:
         return self.dimensions[:self.chip.dimensions]
 
-    def _hops(self, source: int, target: int) -> float:
-        """Seconds a byte from one device to another: each link on the way is shared by as many such transfers."""
-        total = 0.0
-        for d, (a, b) in enumerate(zip(self.places[source], self.places[target], strict=True)):
-            if a == b:
-                continue
-            if d == CORE:
-                total += 1 / self.chip.core_bandwidth
-                continue
-            steps = abs(a - b)
-            if self.chip.wraps(self.dimensions[d], self._sizes):
-                steps = min(steps, self.dimensions[d] - steps)
-            total += steps / self._link
-        return total
+    def _fullest(self, pairs: Groups) -> float:
+        """Seconds a byte of the link that most of the transfers between pairs (from, to) share: each goes along one
+        dimension after the other, the short way round."""
+        load: Counter[tuple] = Counter()
+        for source, target in pairs:
+            at, to = list(self.places[source]), self.places[target]
+            for d, end in enumerate(to):
+                for _ in range(abs(steps := self._steps(d, at[d], end))):
+                    load[d, steps > 0, *at] += 1
+                    at[d] = (at[d] + (1 if steps > 0 else -1)) % self._length(d)
+        return max((count / (self.chip.core_bandwidth if d == CORE else self._link)
+                    for (d, *_), count in load.items()), default=0.0)
+
+    def _steps(self, dimension: int, start: int, end: int) -> int:
+        """Links from one place to another, negative downwards."""
+        length, steps = self._length(dimension), end - start
+        if dimension != CORE and self.chip.wraps(length, self._sizes) and abs(steps) > length / 2:
+            steps -= math.copysign(length, steps)
+        return int(steps)
+
+    def _length(self, dimension: int) -> int:
+        return self.chip.devices_per_chip if dimension == CORE else self.dimensions[dimension]
 
 
 def wire_bytes(kind: str, size: float, n: int) -> float:

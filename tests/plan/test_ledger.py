@@ -100,9 +100,23 @@ def test_a_diagonal_goes_round_corners():
     assert (diagonal.axes, diagonal.seconds) == (("x", "y"), pytest.approx(straight.seconds))
 
 
-def test_a_permute_takes_the_way_round():
-    text = module("", f"{START}  %c = {WHOLE} collective-permute(%whole), source_target_pairs={{{{0,1}},{{3,0}}}}")
-    assert one(text).seconds == pytest.approx(3 * SIZE / LINK), "three links back along a line"
+@pytest.mark.parametrize(("pairs", "shared"), [
+    ("{0,1},{3,0}", 1),                 # three links back along a line, each of which carries this alone
+    ("{0,1},{1,2},{2,3},{3,0}", 1),
+    ("{0,2},{1,3},{2,0},{3,1}", 2),     # the link in the middle carries two each way
+    ("{0,5},{1,4}", 1),                 # round corners: along x, then along y
+    ("{0,6},{4,2}", 1),
+    ("{0,6},{1,7}", 2),
+])
+def test_a_permute_takes_as_long_as_the_fullest_link(pairs, shared):
+    text = module("", f"{START}  %c = {WHOLE} collective-permute(%whole), source_target_pairs={{{pairs}}}")
+    assert one(text).seconds == pytest.approx(shared * SIZE / LINK)
+
+
+def test_a_permute_on_a_ring_takes_the_short_way():
+    """Twelve of sixteen chips ahead are four back."""
+    text = module("", f"{START}  %c = {WHOLE} collective-permute(%whole), source_target_pairs={{{{0,192}}}}")
+    assert one(text, dimensions=(16, 16)).seconds == pytest.approx(SIZE / LINK)
 
 
 def test_a_sum_of_which_a_slice_is_kept_is_a_reduce_scatter():
