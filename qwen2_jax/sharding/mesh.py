@@ -24,6 +24,10 @@ TOKENS_SPEC = P(BATCH, CONTEXT)
 REPLICATED = P()
 
 
+LONGEST = 20
+"""Digits and letters of what was written that a message repeats, for one number."""
+
+
 def parse_mesh(text: str) -> dict[str, tuple[int, ...]]:
     """`"fsdp=4x4,tensor=2"` → {"fsdp": (4, 4), "tensor": (2,)}; raises UserError for what is not of that form."""
     sizes: dict[str, tuple[int, ...]] = {}
@@ -34,8 +38,9 @@ def parse_mesh(text: str) -> dict[str, tuple[int, ...]]:
         if name in sizes:
             raise UserError(f"mesh axis '{name}' appears twice in '{text}'")
         factors = size.split("x") if name == "fsdp" else [size]
-        if not all(f.isascii() and f.isdecimal() and int(f) for f in factors):
-            raise UserError(f"mesh axis '{name}' needs a positive whole number, found '{size}' in '{text}'")
+        if not all(f.isascii() and f.isdecimal() and len(f) < LONGEST and int(f) for f in factors):
+            raise UserError(f"mesh axis '{name}' needs a positive whole number, found '{size[:LONGEST]}' in "
+                            f"'{text[:4 * LONGEST]}'")
         if len(factors) > len(FSDP):
             raise UserError(f"mesh axis 'fsdp' has at most {len(FSDP)} dimensions, found '{size}' in '{text}'")
         sizes[name] = tuple(map(int, factors))

@@ -111,6 +111,7 @@ def test_no_process_is_left_out(monkeypatch):
     ("data=-1", "found '-1'"),
     ("data=2,data=2", "appears twice"),
     ("data=9", "needs 9 devices, this machine has 8"),
+    ("data=" + 5000 * "9", "needs a positive whole number, found '99999999999999999999' in 'data=9{75}'$"),
 ])
 def test_what_is_refused(spec, message):
     with pytest.raises(UserError, match=message):
