@@ -9,7 +9,7 @@ import jax
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.cache import write
-from qwen2_jax.model.params import normal, weight, zeros
+from qwen2_jax.model.params import matrix, normal, weight, zeros
 from qwen2_jax.ops import cudnn, flash
 from qwen2_jax.ops.attention import attend, attend_cache
 from qwen2_jax.ops.dot import linear
@@ -56,7 +56,8 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int):
             axis = "heads" if name == "q" else "kv_heads"
-            w = weight(self, name, (heads * H, D), (axis, "embed"), init)
+            # One head's rows are cut out of the keys' and values' where there are fewer than devices.
+            w = (matrix if name == "q" else weight)(self, name, (heads * H, D), (axis, "embed"), init)
             bias = weight(self, f"{name}_bias", (heads * H,), (axis,), zeros)
             if name != "q":
                 w, bias = self._own_head(w), self._own_head(bias)
@@ -80,7 +81,7 @@ class Attention(nn.Module):
                      "v": write(cache["v"], layer, v_BTKH, context.start)}
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in ("k", "v"))
             out_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, slots_BT=context.slots_BT, ax=ax, **sliding)
-        w_o = weight(self, "o", (D, N * H), ("embed", "heads"), init)
+        w_o = matrix(self, "o", (D, N * H), ("embed", "heads"), init)
         return split.leave(linear(out_BTNH.reshape(B, T, -1), w_o)), cache
 
     def _own_head(self, w):

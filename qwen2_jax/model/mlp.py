@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.model.params import normal, weight
+from qwen2_jax.model.params import matrix, normal
 from qwen2_jax.ops.dot import linear
 from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.split import Split
@@ -35,7 +35,7 @@ class Mlp(nn.Module):
         D, F, init = self.cfg.d_model, self.cfg.d_ff, normal(self.cfg.init_std)
         split = Split.of(self.cfg, self.ax, "ffn")
         y_BTD = swiglu(split.enter(x_BtD),
-                       weight(self, "gate", (F, D), ("ffn", "embed"), init),
-                       weight(self, "up", (F, D), ("ffn", "embed"), init),
-                       weight(self, "down", (D, F), ("embed", "ffn"), init))
+                       matrix(self, "gate", (F, D), ("ffn", "embed"), init),
+                       matrix(self, "up", (F, D), ("ffn", "embed"), init),
+                       matrix(self, "down", (D, F), ("embed", "ffn"), init))
         return split.leave(y_BTD)

@@ -13,7 +13,7 @@ from jax import lax
 from qwen2_jax.config import ModelConfig, MoeConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.mlp import swiglu
-from qwen2_jax.model.params import normal, weight
+from qwen2_jax.model.params import matrix, normal, weight
 from qwen2_jax.ops.dot import matmul
 from qwen2_jax.ops.exchange import ExpertExchange, exchanged
 from qwen2_jax.ops.experts import (
@@ -72,9 +72,9 @@ class Moe(nn.Module):
         """This device's part of what the shared expert makes of any tokens, float32."""
         D, S, init = self.cfg.d_model, self._moe.d_shared, normal(self.cfg.init_std)
         router = self.ax.vary(weight(self, "shared_router", (1, D), ("router", "embed"), init), split.over)
-        y_BTD = swiglu(x_BTD, weight(self, "shared_gate", (S, D), ("shared_ffn", "embed"), init),
-                       weight(self, "shared_up", (S, D), ("shared_ffn", "embed"), init),
-                       weight(self, "shared_down", (D, S), ("embed", "shared_ffn"), init),
+        y_BTD = swiglu(x_BTD, matrix(self, "shared_gate", (S, D), ("shared_ffn", "embed"), init),
+                       matrix(self, "shared_up", (S, D), ("shared_ffn", "embed"), init),
+                       matrix(self, "shared_down", (D, S), ("embed", "shared_ffn"), init),
                        jax.nn.sigmoid(matmul(x_BTD, router)))
         return y_BTD.astype(jnp.float32)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen2_jax.ops.dot import matmul
+from qwen2_jax.ops.dot import for_product, matmul
 from qwen2_jax.ops.quant import Int8, meaning
 from qwen2_jax.shapes import least_divisor
 from qwen2_jax.sharding.split import WHOLE, Split
@@ -49,14 +49,14 @@ def _rows(ids_BT, table_vD, split: Split, dtype):
         return meaning(rows, dtype)
     v, D = table_vD.shape
     if not split.spread or D % COLUMNS:
-        return _embed(ids_BT, _gathered(table_vD, split))
+        return _embed(ids_BT, _gathered(table_vD, split, dtype))
     parts = table_vD.reshape(v, D // COLUMNS, COLUMNS).swapaxes(0, 1)
-    columns = lax.map(lambda part: _embed(ids_BT, _gathered(part, split)), parts)
+    columns = lax.map(lambda part: _embed(ids_BT, _gathered(part, split, dtype)), parts)
     return jnp.moveaxis(columns, 0, 2).reshape(*ids_BT.shape, D)
 
 
-def _gathered(table_vD, split: Split):
-    return jax.tree.map(lambda part: split.ax.gather(part, split.spread, 0), table_vD)
+def _gathered(table_vD, split: Split, dtype: Any = None):
+    return jax.tree.map(lambda part: split.ax.gather(part, split.spread, 0, dtype), table_vD)
 
 
 @jax.custom_vjp
@@ -80,7 +80,7 @@ _embed.defvjp(_embed_forward, _embed_backward)
 
 def logits(x_BtD, table_vD, split: Split = WHOLE):
     """float32 [B, T, V]; of hidden states [R, D], [R, V]."""
-    z_BTv = matmul(split.enter(x_BtD), _gathered(table_vD, split))
+    z_BTv = matmul(split.enter(x_BtD), for_product(table_vD, split.ax, split.spread, x_BtD.dtype))
     return split.joined(split.ax.gather_same(z_BTv, split.over, z_BTv.ndim - 1))
 
 
@@ -150,7 +150,7 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
     @jax.checkpoint
     def part(seen: _Seen, number_and_rows):
         number, own_oD = number_and_rows
-        w_gD = _gathered(own_oD, split)
+        w_gD = for_product(own_oD, ax, split.spread, x_RD.dtype)
         place_R = jnp.where(row_R // own == number, owner_R * own + row_R % own, -1)
         ids_g = (jnp.arange(owners, dtype=jnp.int32)[:, None] * v
                  + jnp.arange(own, dtype=jnp.int32)[None]).reshape(-1) + number * own + first
@@ -162,7 +162,7 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
     alike = [name for name in ax.varying(x_RD) if name not in split.over]
     return lax.scan(part, ax.vary(nothing, alike),
                     (jnp.arange(parts, dtype=jnp.int32),
-                     jax.tree.map(lambda w: w.reshape(parts, own, *w.shape[1:]), table_vD)))[0]
+                     jax.tree.map(lambda w: w.reshape(parts, own, *w.shape[1:]), table_vD)), unroll=2)[0]
 
 
 def _look(x_RD, w_vD, row_R, ids_v, split: Split) -> _Seen:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,8 @@ class Axes:
     """Whether those along `context` are in balanced order (sharding/order.py)."""
     chip: str = ""
     """The kind of device, as JAX names it, for the choice of kernels; "" where any device must do."""
+    reduce_dtype: str = ""
+    """What gradients of weights are summed in over devices; "" for what is computed in."""
 
     @classmethod
     def of(cls, mesh: jax.sharding.Mesh | None) -> Axes:
@@ -93,23 +96,33 @@ class Axes:
         """Largest over the devices along `names`, the same on each of them. Has no gradient."""
         return lax.pmax(lax.stop_gradient(x), axes) if (axes := self.live(names)) else x
 
-    def gather(self, x, names: Sequence[str], dim: int):
-        """Concatenate the devices' pieces of dimension `dim`; every device gets a copy of its own."""
-        for name in reversed(self.live(names)):
-            x = lax.all_gather(x, name, axis=dim, tiled=True)
-        return x
+    def gather(self, x, names: Sequence[str], dim: int, dtype: Any = None) -> Any:
+        """Concatenate the devices' pieces of dimension `dim`; every device gets a copy of its own. The pieces travel in
+        `dtype`, where one is given, and the gradient in x's."""
+        dtype = x.dtype if dtype is None else dtype
+        return _gather(axes, dim, jnp.dtype(dtype), x) if (axes := self.live(names)) else x.astype(dtype)
 
     def gather_same(self, x, names: Sequence[str], dim: int):
         """`gather`, typed as one value that all devices along `names` share."""
-        for name in reversed(self.live(names)):
-            x = lax.all_gather(x, name, axis=dim, tiled=True, to="invarying")
-        return x
+        return lax.all_gather(x, axes, axis=dim, tiled=True, to="invarying") if (axes := self.live(names)) else x
 
     def scatter(self, x, names: Sequence[str], dim: int):
         """Sum over the devices along `names`, each keeping its piece of dimension `dim`."""
-        for name in self.live(names):
-            x = lax.psum_scatter(x, name, scatter_dimension=dim, tiled=True)
-        return x
+        return _scatter(self.live(names), dim, x)
+
+    def ring_sum(self, share: Callable, name: str, step: int = 1):
+        """Sum over the devices along the one axis `name` of what each has for this one: `share(i)` is what it has for
+        device i, made while the sums travel, `step` devices at a time, rounded to its dtype at every stop.
+
+        What `scatter` gives, where no collective must wait for the last share: XLA for TPU covers these hops with
+        whatever else is to be computed.
+        """
+        n, me = self.size((name,)), self.index((name,))
+        total = share((me - step) % n)
+        for hop in range(2, n + 1):
+            here = lax.ppermute(total, name, [(i, (i + step) % n) for i in range(n)]).astype(jnp.float32)
+            total = (here + share((me - step * hop) % n).astype(jnp.float32)).astype(total.dtype)
+        return total
 
     def piece(self, x, names: Sequence[str], dim: int):
         """This device's piece of dimension `dim` of what all devices along `names` hold."""
@@ -162,6 +175,36 @@ def _varying(x) -> tuple[str, ...]:
 def _vary(leaf, axes: tuple[str, ...]):
     missing = tuple(a for a in axes if a not in _varying(leaf))
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def _gather(axes: tuple[str, ...], dim: int, dtype: Any, x) -> Any:
+    # At once: over one axis after the other, a dimension of the torus would idle while the next one works.
+    if (len(axes) == 1 and x.dtype == dtype) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return lax.all_gather(x, axes, axis=dim, tiled=True)
+    return _gather_at_once(axes, dim, dtype, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather_at_once(axes: tuple[str, ...], dim: int, dtype, x):
+    return lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True)
+
+
+def _gather_at_once_forward(axes: tuple[str, ...], dim: int, dtype, x):
+    return _gather_at_once(axes, dim, dtype, x), jnp.zeros(0, x.dtype)
+
+
+def _gather_at_once_backward(axes: tuple[str, ...], dim: int, dtype, like_x, g):
+    return (_scatter(axes, dim, g.astype(like_x.dtype)),)
+
+
+_gather_at_once.defvjp(_gather_at_once_forward, _gather_at_once_backward)
+
+
+def _scatter(axes: tuple[str, ...], dim: int, x):
+    # One by one: XLA for TPU makes a sum of the whole out of a scatter over several axes.
+    for name in axes:
+        x = lax.psum_scatter(x, name, scatter_dimension=dim, tiled=True)
+    return x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

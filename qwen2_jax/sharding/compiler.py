@@ -27,17 +27,43 @@ TPU_SERVING: Mapping[str, Any] = {
 }
 TPU_TRAINING: Mapping[str, Any] = {
     **TPU_SERVING,
+    # A gather goes on inside of the fusions of the products that run meanwhile. v5e does so by itself; on v5p and v6e
+    # everything waits for each gather without these (docs/tpu_performance.md, 16).
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    # Over three dimensions of a torus the compiler otherwise makes a gather into a sum of zeros with each device's
+    # piece: twice the bytes, and everything waits.
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
+SCOPED_VMEM_KIB: Mapping[str, int] = {
+    # Of 128 MiB of vector memory the compiler takes 16 for the tiles of a fusion, unless told; with more, products read
+    # their operands less often (docs/tpu_performance.md, 12), and it searches longer: half as long again for twice the
+    # tiles, more than twice as long for four times, which v5e does not need.
+    "TPU v5 lite": 32768,
+    "TPU v5": 65536,
+    "TPU v6 lite": 65536,
+}
+"""Kind of device → KiB."""
 
 
 def training_options(mesh: Mesh | None) -> dict[str, Any]:
     """What `jax.jit` of a training step takes as `compiler_options`; without a mesh, for the default device."""
-    return _known({"tpu": TPU_TRAINING}, mesh)
+    options = dict(TPU_TRAINING)
+    if size := SCOPED_VMEM_KIB.get(_device(mesh).device_kind):
+        options["xla_tpu_scoped_vmem_limit_kib"] = size
+    return _known({"tpu": options}, mesh)
 
 
 def serving_options(mesh: Mesh | None) -> dict[str, Any]:
     """The same for generation and scoring."""
     return _known({"tpu": TPU_SERVING, "cpu": CPU_SERVING}, mesh)
+
+
+def _device(mesh: Mesh | None) -> Any:
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 _refused: dict[tuple[str, str], bool] = {}
@@ -46,7 +72,7 @@ _refused: dict[tuple[str, str], bool] = {}
 def _known(options: Mapping[str, Mapping[str, Any]], mesh: Mesh | None) -> dict[str, Any]:
     """Those options of the platform that this version of the compiler knows: they are no part of anyone's interface,
     and a version without one compiles as it sees fit."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = _device(mesh)
     return {name: value for name, value in options.get(device.platform, {}).items()
             if not _is_refused(name, value, device)}
 

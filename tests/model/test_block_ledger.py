@@ -13,12 +13,14 @@ import jax
 import pytest
 
 from qwen2_jax.model.decoder import abstract_params
+from qwen2_jax.ops import dot
+from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.mesh import REPLICATED, TOKENS_SPEC, make_mesh, per_device
 from qwen2_jax.train.losses import NextTokenLoss
 from tools.ledger import collectives, compiled_kinds, difference, ledger
 from tools.sameness import MODELS, batch
 
-AG, RS, AR, A2A = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
+AG, RS, AR, A2A, HOP = "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"
 X = 8 * 32 * 32 * 4
 """Bytes of all tokens' hidden states [8, 32, 32], float32."""
 KV = X // 2
@@ -37,13 +39,11 @@ TABLE = {
         (AR, "data"): (12, ATTENTION + MLP + NORMS + BIASES),   # each gradient is summed, whole
     }),
     ("dense", "fsdp=2x2", "auto"): ({
-        (AG, "fsdp_y"): (7, (ATTENTION + MLP) // 2),            # each matrix along the one torus dimension,
-        (AG, "fsdp_x"): (7, ATTENTION + MLP),                   # then along the other
+        (AG, "fsdp_x fsdp_y"): (7, ATTENTION + MLP),            # each matrix, along both torus dimensions at once
     }, {
-        (AG, "fsdp_y"): (14, ATTENTION + MLP),                  # again for the backward pass: nothing gathered is kept
-        (AG, "fsdp_x"): (14, 2 * (ATTENTION + MLP)),
-        (RS, "fsdp_x"): (7, ATTENTION + MLP),                   # matrices' gradients go back the same way
-        (RS, "fsdp_y"): (7, (ATTENTION + MLP) // 2),
+        (AG, "fsdp_x fsdp_y"): (14, 2 * (ATTENTION + MLP)),     # again for the backward pass: nothing gathered is kept
+        (RS, "fsdp_x"): (7, ATTENTION + MLP),                   # matrices' gradients go back one dimension
+        (RS, "fsdp_y"): (7, (ATTENTION + MLP) // 2),            # after the other
         (AR, "fsdp_x fsdp_y"): (5, NORMS + BIASES),             # what is too small to split
     }),
     ("dense", "tensor=2", "auto"): ({
@@ -114,11 +114,11 @@ TABLE = {
 }
 
 
-def program(case: tuple[str, str, str], layers: int, gradient: bool):
+def program(case: tuple[str, str, str], layers: int, gradient: bool, **settings):
     model, spec, exchange = case
     mesh = make_mesh(spec)
     loss = NextTokenLoss(model=dataclasses.replace(MODELS[model], layers=layers), remat="full",
-                         expert_exchange=exchange)
+                         expert_exchange=exchange, **settings)
     sums = per_device(loss.sums, mesh, (loss.param_specs(mesh), TOKENS_SPEC), REPLICATED)
 
     def mean(params, rows):
@@ -127,11 +127,11 @@ def program(case: tuple[str, str, str], layers: int, gradient: bool):
     return jax.grad(mean) if gradient else mean, (abstract_params(loss.model), batch())
 
 
-def of_one_block(case: tuple[str, str, str], gradient: bool) -> dict:
+def of_one_block(case: tuple[str, str, str], gradient: bool, **settings) -> dict:
     """What three layers send beyond two."""
     totals = []
     for layers in (3, 2):
-        fn, args = program(case, layers, gradient)
+        fn, args = program(case, layers, gradient, **settings)
         totals.append(ledger(jax.make_jaxpr(fn)(*args)))
     return {(line.kind, " ".join(line.axes)): tuple(total) for line, total in difference(*totals).items()}
 
@@ -141,6 +141,31 @@ def test_collectives_of_a_block(case):
     forward, step = TABLE[case]
     assert of_one_block(case, gradient=False) == forward
     assert of_one_block(case, gradient=True) == step
+
+
+def test_gradients_that_leave_by_hops(monkeypatch):
+    """As on TPU: every matrix but keys' and values' in halves that go once to the neighbour, along one torus dimension,
+    then along the other. What a hop brings is the half that the device, or its neighbour, goes on with."""
+    monkeypatch.setattr(Axes, "on_tpu", True)
+    monkeypatch.setattr(dot, "RING_LEAST", 0)
+    forward, step = TABLE["dense", "fsdp=2x2", "auto"]
+    by_ring, keys_and_values = ATTENTION + MLP - ATTENTION // 3, ATTENTION // 3
+    assert of_one_block(("dense", "fsdp=2x2", "auto"), gradient=False) == forward
+    assert of_one_block(("dense", "fsdp=2x2", "auto"), gradient=True) == {
+        **step,
+        (RS, "fsdp_x"): (2, keys_and_values), (RS, "fsdp_y"): (2, keys_and_values // 2),
+        (HOP, "fsdp_x"): (5, by_ring // 2), (HOP, "fsdp_y"): (5, by_ring // 4),
+    }
+
+
+def test_sums_in_float32_send_twice_the_bytes():
+    """Of gradients alone: weights go on travelling as they are computed with."""
+    case = ("dense", "data=2,fsdp=2x2", "auto")
+    rounded, exact = (of_one_block(case, gradient=True, dtype="bfloat16", reduce_dtype=name)
+                      for name in ("", "float32"))
+    assert {kind for kind, _ in rounded} == {AG, RS, AR}
+    for line, (count, size) in rounded.items():
+        assert exact[line] == (count, size if line[0] == AG else 2 * size)
 
 
 def test_the_compiler_adds_none():

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 
+from qwen2_jax.ops import dot
+from qwen2_jax.sharding.axes import Axes
 from tools.sameness import CASES as table
-from tools.sameness import EXCHANGED, MESHES, MODELS, beyond, difference
+from tools.sameness import EXCHANGED, MESHES, MODELS, beyond, difference, on_one_device
 
 CASES = (
     ("dense", "data=2"), ("dense untied", "fsdp=2x2x2"), ("dense untied", "tensor=4"), ("dense", "tensor=8"),
@@ -29,6 +31,15 @@ def test_as_on_one_device(model, mesh):
 @pytest.mark.parametrize("mesh", EXCHANGED[1:3])
 def test_tokens_exchanged_as_on_one_device(mesh):
     assert beyond(difference(MODELS["moe"], mesh, exchange="all_to_all")) == []
+
+
+@pytest.mark.parametrize("model, mesh", [("dense untied", "fsdp=2x2,tensor=2"), ("moe", "fsdp=8")])
+def test_gradients_by_hops_as_on_one_device(model, mesh, monkeypatch):
+    """As TPUs send them, on CPU."""
+    on_one_device(MODELS[model])    # remembered, from before what follows
+    monkeypatch.setattr(Axes, "on_tpu", True)
+    monkeypatch.setattr(dot, "RING_LEAST", 0)
+    assert beyond(difference(MODELS[model], mesh)) == []
 
 
 def test_the_set_covers_every_axis_and_is_part_of_the_table():

@@ -52,7 +52,13 @@ def test_gradients_travel_as_reduce_scatters(devices):
     mesh = make_mesh("fsdp=8,tensor=2", devices)
     assert "fsdp_y" in mesh.axis_names, "fsdp is spread over the torus"
     found = ledger(compiled_step(mesh, 16, 1024))
-    assert {"all-gather", "reduce-scatter"} <= {kind for kind, _ in found}
+    assert {"all-gather", "reduce-scatter", "collective-permute"} <= {kind for kind, _ in found}
+    assert [size for kind, size in found if kind == "all-reduce" and size > SMALL] == []
+
+
+def test_weights_are_gathered_over_three_dimensions():
+    found = ledger(compiled_step(make_mesh("fsdp=4x4x4", tpu_devices("v5p:4x4x4")), 64, 256))
+    assert {"all-gather", "collective-permute"} <= {kind for kind, _ in found}
     assert [size for kind, size in found if kind == "all-reduce" and size > SMALL] == []
 
 

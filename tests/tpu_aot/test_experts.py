@@ -82,6 +82,7 @@ def test_rows_are_sent_ragged(topology):
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch, caplog):
     monkeypatch.setitem(TPU_TRAINING, "xla_tpu_no_such_option", True)
-    mesh = make_mesh("data=1", tpu_devices("v5e:2x2"))
-    assert training_options(mesh) == {"xla_tpu_enable_ragged_dot_kernel": True}
+    found = {kind: training_options(make_mesh("data=1", tpu_devices(kind))) for kind in ("v2:2x2", "v5e:2x2")}
+    known = {name: value for name, value in TPU_TRAINING.items() if name != "xla_tpu_no_such_option"}
+    assert found == {"v2:2x2": known, "v5e:2x2": {**known, "xla_tpu_scoped_vmem_limit_kib": 32768}}
     assert "xla_tpu_no_such_option" in caplog.text
