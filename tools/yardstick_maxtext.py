@@ -7,6 +7,9 @@ order, "argument_bytes", "temp_bytes", "peak_bytes"}; or {"error": message} wher
 maxtext.trainers.pre_train.train_compile of MaxText 0.2.4, which prints these but writes no program.
 """
 
+# What is imported here is of MaxText's environment.
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import json

@@ -14,7 +14,7 @@ ASPLOS 2023).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -97,18 +97,20 @@ def for_product(piece_oD, ax: Axes, over: tuple[str, ...], dtype):
     return ax.gather(piece_oD, over, 0, dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul_spread(ax: Axes, over: tuple[str, ...], x_RD, piece_oD):
-    return _dot(x_RD, ax.gather(piece_oD, over, 0, x_RD.dtype), _OUT_IN)
+@jax.custom_vjp
+def _matmul_spread(x_RD, w_OD: Spread):
+    return _matmul_spread_forward(x_RD, w_OD)[0]
 
 
-def _matmul_spread_forward(ax: Axes, over: tuple[str, ...], x_RD, piece_oD):
-    w_OD = ax.gather(piece_oD, over, 0, x_RD.dtype)
-    return _dot(x_RD, w_OD, _OUT_IN), (x_RD, w_OD, jnp.zeros(0, piece_oD.dtype))
+def _matmul_spread_forward(x_RD, w_OD: Spread):
+    gathered_OD = w_OD.ax.gather(w_OD.piece_oD, w_OD.over, 0, x_RD.dtype)
+    like_w = replace(w_OD, piece_oD=jnp.zeros(0, w_OD.piece_oD.dtype))
+    return _dot(x_RD, gathered_OD, _OUT_IN), (x_RD, gathered_OD, like_w)
 
 
-def _matmul_spread_backward(ax: Axes, over: tuple[str, ...], saved, g_RO):
-    x_RD, w_OD, like_piece = saved
+def _matmul_spread_backward(saved, g_RO):
+    x_RD, w_OD, like_w = saved
+    ax, over, dtype = like_w.ax, like_w.over, like_w.piece_oD.dtype
     g_RO = lax.optimization_barrier(g_RO.astype(x_RD.dtype))
     first, *others = over
 
@@ -116,7 +118,7 @@ def _matmul_spread_backward(ax: Axes, over: tuple[str, ...], saved, g_RO):
         """The gradient of the columns that `x_Rd` stands for, [o, d]."""
         rows = g_RO.shape[1] // ax.size((first,))
         total = ax.ring_sum(lambda i: _dot(lax.dynamic_slice_in_dim(g_RO, i * rows, rows, 1), x_Rd,
-                                           _ROWS_ROWS).astype(like_piece.dtype), first, step)
+                                           _ROWS_ROWS).astype(dtype), first, step)
         for name in others:
             whole, rows = total, total.shape[0] // ax.size((name,))
             total = ax.ring_sum(lambda i, whole=whole, rows=rows: lax.dynamic_slice_in_dim(whole, i * rows, rows),
@@ -128,7 +130,7 @@ def _matmul_spread_backward(ax: Axes, over: tuple[str, ...], saved, g_RO):
         dw_oD = jnp.concatenate([summed(x_RD[:, :half], 1), summed(x_RD[:, half:], -1)], axis=1)
     else:
         dw_oD = summed(x_RD, 1)
-    return _dot(g_RO, w_OD, _OUT_OUT).astype(x_RD.dtype), dw_oD
+    return _dot(g_RO, w_OD, _OUT_OUT).astype(x_RD.dtype), replace(like_w, piece_oD=dw_oD)
 
 
 _matmul_spread.defvjp(_matmul_spread_forward, _matmul_spread_backward)
@@ -179,9 +181,5 @@ def _product(x_xD, w_OD):
         x_RD = jnp.concatenate([x_RD, x_RD])
     if outputs < NARROWEST:
         w_OD = jax.tree.map(lambda w: jnp.pad(w, ((0, NARROWEST - outputs), *((0, 0),) * (w.ndim - 1))), w_OD)
-    y_RO: Any
-    if isinstance(w_OD, Spread):
-        y_RO = _matmul_spread(w_OD.ax, w_OD.over, x_RD, w_OD.piece_oD)
-    else:
-        y_RO = (_matmul_int8 if isinstance(w_OD, Int8) else _matmul)(x_RD, w_OD)
-    return y_RO[:rows, :outputs].reshape(*x_xD.shape[:-1], outputs)
+    product = {Int8: _matmul_int8, Spread: _matmul_spread}.get(type(w_OD), _matmul)
+    return product(x_RD, w_OD)[:rows, :outputs].reshape(*x_xD.shape[:-1], outputs)

@@ -45,18 +45,15 @@ def _rows(ids_BT, table_vD, split: Split, dtype):
     """Rows of what the devices along `split.spread` hold together. They gather a few columns of it at a time: the
     gradient's float32 sums have the size of what was gathered."""
     if isinstance(table_vD, Int8):
-        rows = jax.tree.map(lambda part: jnp.take(part, ids_BT, axis=0, mode="clip"), _gathered(table_vD, split))
+        rows = jax.tree.map(lambda part: jnp.take(part, ids_BT, axis=0, mode="clip"),
+                            for_product(table_vD, split.ax, split.spread, dtype))
         return meaning(rows, dtype)
     v, D = table_vD.shape
     if not split.spread or D % COLUMNS:
-        return _embed(ids_BT, _gathered(table_vD, split, dtype))
+        return _embed(ids_BT, split.ax.gather(table_vD, split.spread, 0, dtype))
     parts = table_vD.reshape(v, D // COLUMNS, COLUMNS).swapaxes(0, 1)
-    columns = lax.map(lambda part: _embed(ids_BT, _gathered(part, split, dtype)), parts)
+    columns = lax.map(lambda part: _embed(ids_BT, split.ax.gather(part, split.spread, 0, dtype)), parts)
     return jnp.moveaxis(columns, 0, 2).reshape(*ids_BT.shape, D)
-
-
-def _gathered(table_vD, split: Split, dtype: Any = None):
-    return jax.tree.map(lambda part: split.ax.gather(part, split.spread, 0, dtype), table_vD)
 
 
 @jax.custom_vjp
