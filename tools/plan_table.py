@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2_jax.cli.output import whole_file
 from qwen2_jax.plan.chips import CALIBRATED_LIBTPU, GIB
 from qwen2_jax.plan.estimate import Estimate, candidates
 from qwen2_jax.plan.program import Task
@@ -98,9 +99,8 @@ def compile_cell(cell: Cell, cache: Path, seconds: float) -> None:
         kept = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
     except subprocess.TimeoutExpired:
         kept = {"failed": f"compiling took more than {seconds:.0f} seconds"}
-    temporary = cache / f".{cell.file}.tmp"
-    temporary.write_text(json.dumps(kept, indent=1))
-    temporary.rename(cache / cell.file)
+    with whole_file(cache / cell.file) as file:
+        json.dump(kept, file, indent=1)
 
 
 def kept(cell: Cell, cache: Path) -> dict[str, Any] | None:

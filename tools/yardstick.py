@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2_jax.cli.output import whole_file
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.plan import plan
 from qwen2_jax.plan.compiled import out_of_memory
-from qwen2_jax.plan.costs import Costs, spent
 from qwen2_jax.plan.hlo import parse
-from qwen2_jax.plan.ledger import Ledger
-from qwen2_jax.plan.links import Torus
 from qwen2_jax.plan.topology import parse_topology, tpu_devices
 from qwen2_jax.presets import PRESETS
 
@@ -96,11 +95,11 @@ def ours(case: Case, seconds: float) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
-    plan = json.loads(done.stdout)
-    if not plan["fits"]:
-        return {"fits": False, "peak_bytes": plan["peak_bytes"]}
-    return figures(plan, [(row["kind"], row["bytes"]) for row in plan["collectives"]], plan["fusion_seconds"],
-                   plan["kernel_seconds"], plan["exposed_collective_seconds"])
+    found = json.loads(done.stdout)
+    if not found["fits"]:
+        return {"fits": False, "peak_bytes": found["peak_bytes"]}
+    return figures(found, [(row["kind"], row["bytes"]) for row in found["collectives"]], found["fusion_seconds"],
+                   found["kernel_seconds"], found["exposed_collective_seconds"])
 
 
 def maxtext(case: Case, variant: str, python: str, seconds: float) -> dict[str, Any]:
@@ -127,11 +126,8 @@ def read(found: dict[str, Any], text: str, case: Case) -> dict[str, Any]:
     topology = parse_topology(case.slice)
     devices = tpu_devices(topology)
     at = {(*device.coords, device.core_on_chip): device for device in devices}
-    program = parse(text)
-    costs = Costs(program, topology.chip)
-    torus = Torus.of(topology.chip, [at[tuple(place)] for place in found["places"]], devices)
-    rows = Ledger(program, costs, torus, found["mesh"], lambda loop: None).collectives()
-    work = spent(costs, lambda loop: None)
+    placed = [at[tuple(place)] for place in found["places"]]
+    rows, work = plan.read(parse(text), topology, found["mesh"], placed, devices)
     return figures(found, [(row.kind, row.bytes) for row in rows], work.fusions, work.kernels,
                    sum(row.exposed_seconds for row in rows))
 
@@ -163,9 +159,8 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found = make()
     except subprocess.TimeoutExpired as error:
         return {"error": f"compiling took more than {error.timeout:.0f} seconds"}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        json.dump(found, file, indent=1)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.plan.compiled import Buffer, Compiled, OutOfMemory, compile_for_tpu, no_cache
 from qwen2_jax.plan.costs import Costs, Spent, spent
 from qwen2_jax.plan.flops import model_flops
-from qwen2_jax.plan.hlo import Program, parse
+from qwen2_jax.plan.hlo import Program, Trips, parse
 from qwen2_jax.plan.ledger import Collective, Ledger
 from qwen2_jax.plan.links import Torus
 from qwen2_jax.plan.program import Lowered, Task, lower, mesh_of
@@ -113,20 +113,23 @@ def make_plan(model: str, task: Task, topology: Topology, mesh_spec: str, *, say
     if isinstance(found, OutOfMemory):
         return Plan(**common, argument_bytes=sum(b.bytes for b in program.arguments), temp_bytes=None,
                     peak_bytes=found.used_bytes, fits=False, buffers=found.buffers or program.arguments)
-    collectives, work = read(parse(found.text), program, topology, mesh, devices)
+    collectives, work = read(parse(found.text), topology, dict(mesh.shape), list(mesh.devices.flat), devices,
+                             program.assumed, program.repeats)
     exposed = sum(row.exposed_seconds for row in collectives)
     return Plan(**common, argument_bytes=found.argument_bytes, temp_bytes=found.temp_bytes, peak_bytes=found.peak_bytes,
                 fits=found.peak_bytes <= topology.chip.hbm_bytes, collectives=collectives, spent=work,
                 exposed_seconds=exposed, compile_seconds=found.seconds, text=_annotated(found, program))
 
 
-def read(text: Program, program: Lowered, topology: Topology, mesh: Mesh,
-         devices: list[Any]) -> tuple[list[Collective], Spent]:
-    """(collectives, computing) of a compiled program in one step."""
+def read(text: Program, topology: Topology, mesh_shape: Mapping[str, int], mesh_devices: Sequence[Any],
+         devices: Sequence[Any], assumed: Trips = lambda loop: None,
+         repeats: int = 1) -> tuple[list[Collective], Spent]:
+    """(collectives, computing) of a compiled program in one step, in which it runs `repeats` times. The mesh's devices
+    in order are of the topology's `devices`."""
     costs = Costs(text, topology.chip)
-    torus = Torus.of(topology.chip, list(mesh.devices.flat), devices)
-    ledger = Ledger(text, costs, torus, dict(mesh.shape), program.assumed, program.repeats)
-    return ledger.collectives(), spent(costs, program.assumed, program.repeats)
+    torus = Torus.of(topology.chip, mesh_devices, devices)
+    ledger = Ledger(text, costs, torus, mesh_shape, assumed, repeats)
+    return ledger.collectives(), spent(costs, assumed, repeats)
 
 
 def mesh_text(mesh: Mesh) -> str:
