@@ -184,6 +184,8 @@ def test_lone_surrogates_are_refused(trained, text):
         ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "continuing_subword_prefix": "x", "vocab":'
          b' {"a": 0, "\\u0120": 1, "a\\u0120": 2}, "merges": ["a \\u0120"]}}',
          "continuing_subword_prefix is not supported"),
+        ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "\\u0063ontinuing_subword_prefix": "x",'
+         b' "continuing_subword_suffix": null, "vocab": {"a": 0}, "merges": []}}', "prefix is not supported"),
         ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "eos_token .* is not in vocab.json"),
         ("tokenizer_config.json", b"nonsense", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", b'{"tokenizer_class": "GPT2Tokenizer"}', "tokenizer_class 'GPT2Tokenizer'"),
