@@ -12,6 +12,7 @@ from qwen2_jax.model.cache import write
 from qwen2_jax.model.params import matrix, normal, weight, zeros
 from qwen2_jax.ops import cudnn, flash
 from qwen2_jax.ops.attention import attend, attend_cache
+from qwen2_jax.ops.bits import from_bits
 from qwen2_jax.ops.dot import linear
 from qwen2_jax.ops.rope import apply_rope
 from qwen2_jax.sharding.axes import TENSOR, Axes
@@ -79,8 +80,13 @@ class Attention(nn.Module):
         else:
             cache = {"k": write(cache["k"], layer, k_BTKH, context.start),
                      "v": write(cache["v"], layer, v_BTKH, context.start)}
-            k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in ("k", "v"))
-            out_BTNH = attend_cache(q_BTNH, k_BKSH, v_BKSH, slots_BT=context.slots_BT, ax=ax, **sliding)
+            if flash.suits_cache(ax, q_BTNH.dtype, T, cache["k"].shape[3]):
+                held = (from_bits(jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False), q_BTNH.dtype)
+                        for n in ("k", "v"))
+                out_BTNH = flash.flash_attend_cache(q_BTNH, *held, start=context.start, ax=ax, **sliding)
+            else:
+                out_BTNH = attend_cache(q_BTNH, cache["k"], cache["v"], layer, slots_BT=context.slots_BT, ax=ax,
+                                        **sliding)
         w_o = matrix(self, "o", (D, N * H), ("embed", "heads"), init)
         return split.leave(linear(out_BTNH.reshape(B, T, -1), w_o)), cache
 

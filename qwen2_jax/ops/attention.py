@@ -9,6 +9,7 @@ sliding window compare slots, which inside one segment differ exactly as positio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,8 +24,11 @@ from qwen2_jax.sharding.axes import ONE_DEVICE, Axes
 MASKED = -1e30
 QUERY_CHUNK = 512
 KEY_BLOCK = 128
-"""Cache slots that decoding reads at a time. Cache lengths are multiples of it, so that a row's sums are taken over the
-same blocks in the same order however long its neighbours' caches are: equal tokens to the last bit."""
+"""Cache slots that decoding reads at a time on CPU. Cache lengths are multiples of it, so that a row's sums are taken
+over the same blocks in the same order however long its neighbours' caches are: equal tokens to the last bit."""
+KEY_BLOCKS_TPU = 2048, 512
+"""At most as many on TPU, for one token a row and for several: each turn of the loop costs microseconds, and no bits
+are promised there (docs/tpu_performance.md, 21)."""
 
 _BATCHED_QK = (((3,), (3,)), ((0, 1), (0, 1)))
 _BATCHED_PV = (((3,), (2,)), ((0, 1), (0, 1)))
@@ -66,27 +70,38 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, slots_BT=None, key_slots_BS=None, segments
 
 
 def _product(k_BKSH, v_BKSH, q_BtNH, mask_BtS):
-    p = jax.nn.softmax(_scores(q_BtNH, k_BKSH, mask_BtS), axis=-1)
+    B, t, N, _ = q_BtNH.shape
+    K, S = k_BKSH.shape[1:3]
+    mask_BKRS = jnp.broadcast_to(mask_BtS[:, None, None], (B, K, N // K, t, S)).reshape(B, K, -1, S)
+    p = jax.nn.softmax(_scores(q_BtNH, k_BKSH, mask_BKRS), axis=-1)
     return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), q_BtNH.shape[2]).astype(q_BtNH.dtype)
 
 
-def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int = 0, ax: Axes = ONE_DEVICE):
-    """Attention of queries at `slots_BT` over a cache that already holds their own keys → [B, T, N, H] in q's dtype.
+def key_block(slots: int, tokens: int, ax: Axes) -> int:
+    """Slots of a cache of `slots` that attention of `tokens` tokens a row reads at a time."""
+    return math.gcd(slots, KEY_BLOCKS_TPU[tokens > 1]) if ax.on_tpu else KEY_BLOCK
+
+
+def attend_cache(q_BTNH, k_RBKSH, v_RBKSH, layer, *, slots_BT, windowed=None, window: int = 0, ax: Axes = ONE_DEVICE):
+    """Attention of queries at `slots_BT` over the cache of R layers, of which this `layer` already holds their own keys
+    → [B, T, N, H] in q's dtype.
 
     Reads key blocks up to the furthest slot in use, merging them with an online softmax. A block in which a row sees
     nothing leaves that row's sums untouched, to the last bit. S must be a multiple of KEY_BLOCK. Keys and values are of
     q's dtype, or hold its bits (ops/bits.py).
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
+    K, S = k_RBKSH.shape[2:4]
+    size = key_block(S, T, ax)
 
     def block(i, carry):
         top, total, out = carry
-        start = i * KEY_BLOCK
-        k, v = (from_bits(lax.dynamic_slice_in_dim(x_BKSH, start, KEY_BLOCK, axis=2), q_BTNH.dtype)
-                for x_BKSH in (k_BKSH, v_BKSH))
-        mask_BTS = _visible(slots_BT, (start + jnp.arange(KEY_BLOCK, dtype=jnp.int32))[None], windowed, window)
-        scores = _scores(q_BTNH, k, mask_BTS)
+        start = i * size
+        # Out of all layers at once: the compiler would copy a layer's slots before it reads a block of them.
+        k, v = (from_bits(lax.dynamic_slice(x_RBKSH, (layer, 0, 0, start, 0), (1, B, K, size, H))[0], q_BTNH.dtype)
+                for x_RBKSH in (k_RBKSH, v_RBKSH))
+        seen_BRS = _visible(slots_BR, (start + jnp.arange(size, dtype=jnp.int32))[None], windowed, window)
+        scores = _scores(q_BTNH, k, seen_BRS[:, None])
         new_top = jnp.maximum(top, scores.max(-1))
         p = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
@@ -94,8 +109,10 @@ def attend_cache(q_BTNH, k_BKSH, v_BKSH, *, slots_BT, windowed=None, window: int
         return new_top, total * keep + p.sum(-1), out
 
     rows = (B, K, T * (N // K))
+    # Repeated for the heads that share keys here, and not as a mask, which XLA for TPU would write out.
+    slots_BR = jnp.tile(slots_BT, (1, N // K))
     start = (jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32))
-    blocks = slots_BT.max() // KEY_BLOCK + 1
+    blocks = slots_BT.max() // size + 1
     _, total, out = lax.fori_loop(0, blocks, block, ax.vary_like(start, q_BTNH))
     return _merge_heads(out / total[..., None], N).astype(q_BTNH.dtype)
 
@@ -109,14 +126,14 @@ def _visible(query_slots_BT, key_slots_BS, windowed, window: int):
     return mask
 
 
-def _scores(q_BTNH, k_BKSH, mask_BTS):
-    """Scaled, masked logits float32 [B, K, G*T, S]; the G query heads of one key-value head lie side by side."""
+def _scores(q_BTNH, k_BKSH, mask_BKRS):
+    """Scaled, masked logits float32 [B, K, R, S]; the R = G T rows of one key-value head are its G query heads' tokens,
+    head after head."""
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
-    q = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = _batched_dot(q, k_BKSH, _BATCHED_QK) * jnp.float32(H**-0.5)
-    mask = jnp.broadcast_to(mask_BTS[:, None, None], (B, K, N // K, T, mask_BTS.shape[-1])).reshape(scores.shape)
-    return jnp.where(mask, scores, jnp.float32(MASKED))
+    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = _batched_dot(q_BKRH, k_BKSH, _BATCHED_QK) * jnp.float32(H**-0.5)
+    return jnp.where(mask_BKRS, scores, jnp.float32(MASKED))
 
 
 def _merge_heads(out_BKRH, heads: int):

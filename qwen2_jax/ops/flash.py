@@ -45,14 +45,35 @@ def flash_attend(q_BTNH, k_BSKH, v_BSKH, *, order: RowOrder, segments_BT=None, k
     """
     keys = (k_BSKH, v_BSKH) if key_segments_BS is None else (k_BSKH, v_BSKH, key_segments_BS)
     k_BSKH, v_BSKH, *rest = (order.in_order(x) for x in keys)
-    scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
-    q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in ((q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype),
-                                                         k_BSKH, v_BSKH))
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, rest[0])
+    return _attend_where(windowed, window, q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments, order, ax,
+                         interpret)
+
+
+def suits_cache(ax: Axes, dtype, tokens: int, slots: int) -> bool:
+    """Whether the kernel runs there, on `tokens` tokens over a cache of `slots`."""
+    return tokens > 1 and suits(ax, dtype, tokens) and slots % tokens == 0
+
+
+def flash_attend_cache(q_BTNH, k_BKSH, v_BKSH, *, start, windowed=None, window: int = 0, ax: Axes,
+                       interpret: bool = False):
+    """Attention of the tokens at slots start … start+T-1 over a cache that already holds their own keys → [B, T, N, H]
+    in q's dtype. T divides S, and the int32 scalar `start` is a multiple of T: everything is NaN where it is not."""
+    T, S = q_BTNH.shape[1], k_BKSH.shape[2]
+    out_BTNH = _attend_where(windowed, window, q_BTNH, k_BKSH, v_BKSH, None, RowOrder(S // T, start // T, 0), ax,
+                             interpret)
+    return jnp.where(start % T == 0, out_BTNH, jnp.nan)
+
+
+def _attend_where(windowed, window: int, q_BTNH, k_BKSH, v_BKSH, segments, order: RowOrder, ax: Axes,
+                  interpret: bool) -> Any:
+    """With the window where `windowed`, which may be traced, says so."""
+    scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
+    q_BNTH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype).swapaxes(1, 2)
     piece = jnp.asarray(order.piece, jnp.int32)
 
     def run(window: int) -> Any:
-        setting = _Setting(k_BSKH.shape[1], order.pieces, order.halves, window, q_BNTH.shape[1], interpret)
+        setting = _Setting(k_BKSH.shape[2], order.pieces, order.halves, window, q_BNTH.shape[1], interpret)
         return _attend(setting, ax, q_BNTH, k_BKSH, v_BKSH, segments, piece)
 
     if not window or windowed is None:

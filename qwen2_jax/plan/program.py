@@ -23,7 +23,7 @@ from qwen2_jax.data.packing import PackedBatch
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.cache import cache_slots
 from qwen2_jax.model.decoder import abstract_params, param_specs
-from qwen2_jax.ops.attention import KEY_BLOCK
+from qwen2_jax.ops.attention import key_block
 from qwen2_jax.ops.grouped_matmul import TILE_ROWS
 from qwen2_jax.optim.adamw import AdamWConfig, make_optimizer, schedule
 from qwen2_jax.plan.compiled import Buffer
@@ -150,7 +150,7 @@ def _decode(task: Task, mesh: Mesh) -> Lowered:
     state: SlotState = programs.new_state(task.batch, slots)
     lowered: Any = programs.decode(state, task.cfg.stop_ids, 1)
     loops = _experts(task, mesh, task.batch)
-    return Lowered(lowered, 1, loops | {"attention": slots / KEY_BLOCK, "while": 1.0},
+    return Lowered(lowered, 1, loops | {"attention": slots / key_block(slots, 1, programs.ax), "while": 1.0},
                    _buffers((programs.params, state)))
 
 
@@ -166,7 +166,8 @@ def _prefill(task: Task, mesh: Mesh) -> Lowered:
     ids = jax.ShapeDtypeStruct((n, width), jnp.int32)
     lowered: Any = programs.prefill(prompt, *(_like(x, where) for x in (ids, row, row, flag, flag)))
     # The i-th chunk reads the blocks up to its own end.
-    blocks = sum(min(slots, (i + 1) * width) for i in range(chunks)) / chunks / KEY_BLOCK
+    size = key_block(slots, width, programs.ax)
+    blocks = sum(-(-min(slots, (i + 1) * width) // size) for i in range(chunks)) / chunks
     return Lowered(lowered, chunks * (task.batch // n), _experts(task, mesh, n * width) | {"attention": blocks},
                    _buffers((programs.params, prompt)))
 

@@ -99,10 +99,10 @@ class Programs:
     def __init__(self, params: dict, cfg: ModelConfig, *, dtype: Any, stacked: bool, mesh: Mesh | None,
                  notify: Callable[[str, float], None]):
         self.params, self.cfg, self.dtype, self.stacked, self.mesh = params, cfg, dtype, stacked, mesh
-        self._ax = Axes.of(mesh)
-        self.devices = self._ax.size(BATCH)
+        self.ax = Axes.of(mesh)
+        self.devices = self.ax.size(BATCH)
         """Devices, or groups of devices, that have rows of their own."""
-        cache = cache_spec(cfg, self._ax)
+        cache = cache_spec(cfg, self.ax)
         self._state_spec, self._prompt_spec = STATE_SPEC._replace(cache=cache), PROMPT_SPEC._replace(cache=cache)
         self._param_specs = param_specs(cfg, mesh, stacked=stacked, quant=quant_of(params))
         self._notify = notify
@@ -110,9 +110,9 @@ class Programs:
 
     def cache_bytes(self, cache_slots: int) -> int:
         """Bytes of one row of the cache on a device."""
-        rules = Rules.of(self.cfg, self._ax)
+        rules = Rules.of(self.cfg, self.ax)
         whole = cache_slots * kv_bytes_per_token(self.cfg, itemsize=jnp.dtype(self.dtype).itemsize)
-        return whole * rules.kv_copies // self._ax.size(rules.head_axes)
+        return whole * rules.kv_copies // self.ax.size(rules.head_axes)
 
     def new_state(self, slots: int, cache_slots: int) -> SlotState:
         """State of `slots` slots at rest (a multiple of the devices) that hold `cache_slots` tokens each."""
@@ -170,7 +170,7 @@ class Programs:
                          ids_BT, targets_BT, long_B)
 
     def _cache(self, rows: int, cache_slots: int) -> dict:
-        return empty_cache(self.cfg, rows, cache_slots, self.dtype, stacked=self.stacked, ax=self._ax)
+        return empty_cache(self.cfg, rows, cache_slots, self.dtype, stacked=self.stacked, ax=self.ax)
 
     def _make(self, key: tuple, build: Callable, spec):
         """The arrays `build` returns, each made where `spec` wants it; compiled once a key."""

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2_jax.ops.attention import KEY_BLOCK, attend, attend_cache
+from qwen2_jax.ops import attention
+from qwen2_jax.ops.attention import KEY_BLOCK, attend, attend_cache, key_block
+from qwen2_jax.sharding.axes import ONE_DEVICE, Axes
 
 SUM_ORDER = 3e-6
 """Absolute, for outputs of size 1 in float32: sums of some hundred terms in another order."""
@@ -71,12 +73,12 @@ def test_chunks_of_queries_change_nothing(chunk):
 
 
 def as_cache(x_BTKH, slots: int, fill=0.0):
-    """Rows at the cache's first slots, `fill` behind them."""
-    x = jnp.swapaxes(x_BTKH, 1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)), constant_values=fill)
+    """Of one layer: rows at the cache's first slots, `fill` behind them."""
+    x = jnp.swapaxes(x_BTKH, 1, 2)[None]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - x.shape[3]), (0, 0)), constant_values=fill)
 
 
-cached = jax.jit(attend_cache, static_argnames="window")
+cached = jax.jit(functools.partial(attend_cache, layer=jnp.int32(0)), static_argnames="window")
 
 
 @pytest.mark.parametrize("window", [None, 40, KEY_BLOCK + 44])
@@ -90,6 +92,20 @@ def test_cache_equals_whole_rows(window):
     out = cached(q[:, at], as_cache(k, 3 * KEY_BLOCK), as_cache(v, 3 * KEY_BLOCK), slots_BT=jnp.asarray(at)[None],
                  **sliding)
     np.testing.assert_allclose(out, whole[:, at], atol=SUM_ORDER)
+
+
+def test_larger_blocks_on_tpu_change_nothing_but_bits(monkeypatch):
+    monkeypatch.setattr(attention, "KEY_BLOCKS_TPU", (4 * KEY_BLOCK, 2 * KEY_BLOCK))
+    tpu = Axes(chip="TPU v5 lite")
+    assert [key_block(4 * KEY_BLOCK, tokens, tpu) // KEY_BLOCK for tokens in (1, 5)] == [4, 2]
+    assert key_block(3 * KEY_BLOCK, 1, tpu) == key_block(4 * KEY_BLOCK, 1, ONE_DEVICE) == KEY_BLOCK
+    q, k, v = draw(2, 400, 4, 2, 8)
+    at = np.array([[3, 200, 380], [0, 1, 399]], np.int32)
+    query, cache = q[np.arange(2)[:, None], at], [as_cache(x, 4 * KEY_BLOCK, 1e4) for x in (k, v)]
+    for part in (slice(0, 1), slice(0, 3)):
+        few, many = (attend_cache(query[:, part], *cache, 0, slots_BT=jnp.asarray(at[:, part]), ax=ax)
+                     for ax in (tpu, ONE_DEVICE))
+        np.testing.assert_allclose(few, many, atol=SUM_ORDER)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -77,3 +77,27 @@ def test_pieces_of_rows(names, mesh, balanced):
     reference = functools.partial(attend, segments_BT=segments_BT, key_segments_BS=segments_BT)
     expected = value_and_gradients(lambda *qkv: reference(*qkv)[:, slots], g[:, slots])
     close(value_and_gradients(lambda *qkv: mapped(*qkv, segments_BT), g[:, slots])(q, k, v), expected(q, k, v))
+
+
+@pytest.mark.parametrize("windowed", [None, False, True])
+def test_chunks_of_a_prompt_over_a_cache(windowed):
+    """A chunk anywhere in the row, against the reference; what lies behind it in the cache is not seen."""
+    q, k, v, _, _ = row()
+    rest = dict(windowed=None if windowed is None else jnp.asarray(windowed), window=40)
+    expected = jax.jit(functools.partial(attend, **rest))(q, k, v)
+    cache = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    chunk = jax.jit(functools.partial(flash.flash_attend_cache, ax=ONE_DEVICE, interpret=True, **rest))
+    k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, 128), (0, 0)), constant_values=50.0) for x in cache)
+    for start in (0, 128, 384):
+        close(chunk(q[:, start:start + 128], k_BKSH, v_BKSH, start=jnp.int32(start)), expected[:, start:start + 128])
+    assert jnp.isnan(chunk(q[:, 64:192], k_BKSH, v_BKSH, start=jnp.int32(64))).all()
+
+
+def test_where_the_kernel_runs_over_a_cache():
+    tpu = Axes(chip="TPU v5 lite")
+    assert flash.suits_cache(tpu, jnp.bfloat16, 512, 4096)
+    for ax, dtype, tokens, slots in ((tpu, jnp.bfloat16, 1, 4096), (tpu, jnp.bfloat16, 512, 4224),
+                                     (tpu, jnp.float32, 512, 4096), (tpu, jnp.bfloat16, 32, 4096),
+                                     (Axes(chip="TPU v2"), jnp.bfloat16, 512, 4096),
+                                     (ONE_DEVICE, jnp.bfloat16, 512, 4096)):
+        assert not flash.suits_cache(ax, dtype, tokens, slots)
