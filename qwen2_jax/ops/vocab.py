@@ -137,8 +137,10 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
     """All tokens at once, a part of the table at a time: so many rows of each device that spreads it, gathered."""
     ax, v = split.ax, table_vD.shape[0]
     owners, rows = ax.size(split.spread), x_RD.shape[0]
-    parts = least_divisor(v, -(-rows // chunk))
-    own = v // parts
+    own = _part(v, -(-rows // chunk))
+    parts = -(-v // own)
+    own_poD = jax.tree.map(lambda w: jnp.pad(w, ((0, parts * own - v), *((0, 0),) * (w.ndim - 1))).reshape(
+        parts, own, *w.shape[1:]), table_vD)
     first = ax.index(split.over) * owners * v
     owner_R, row_R = jnp.divmod(target_R - first, v)
     # Gradients of x add up over the parts, in float32.
@@ -149,24 +151,32 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
         number, own_oD = number_and_rows
         w_gD = for_product(own_oD, ax, split.spread, x_RD.dtype)
         place_R = jnp.where(row_R // own == number, owner_R * own + row_R % own, -1)
-        ids_g = (jnp.arange(owners, dtype=jnp.int32)[:, None] * v
-                 + jnp.arange(own, dtype=jnp.int32)[None]).reshape(-1) + number * own + first
-        return seen.merged(_look(x32_RD.astype(x_RD.dtype), w_gD, place_R, ids_g, split)), None
+        row_o = jnp.arange(own, dtype=jnp.int32) + number * own
+        ids_g = (jnp.arange(owners, dtype=jnp.int32)[:, None] * v + row_o[None]).reshape(-1) + first
+        held_g = None if v % own == 0 else jnp.tile(row_o < v, owners)
+        return seen.merged(_look(x32_RD.astype(x_RD.dtype), w_gD, place_R, ids_g, split, held_g)), None
 
     lowest = jnp.full(rows, -jnp.inf, jnp.float32)
     nothing = _Seen(lowest, jnp.zeros(rows, jnp.float32), lowest, jnp.zeros(rows, jnp.int32))
     # What is the same along tensor is so after each part as before it.
     alike = [name for name in ax.varying(x_RD) if name not in split.over]
     return lax.scan(part, ax.vary(nothing, alike),
-                    (jnp.arange(parts, dtype=jnp.int32),
-                     jax.tree.map(lambda w: w.reshape(parts, own, *w.shape[1:]), table_vD)), unroll=2)[0]
+                    (jnp.arange(parts, dtype=jnp.int32), own_poD), unroll=2)[0]
 
 
-def _look(x_RD, w_vD, row_R, ids_v, split: Split) -> _Seen:
+def _part(rows: int, parts: int) -> int:
+    """Rows of one of about so many equal parts: of a divisor's where there is one, else the last part is filled up."""
+    divisor = least_divisor(rows, min(rows, parts))
+    return rows // divisor if divisor < 2 * parts else -(-rows // parts)
+
+
+def _look(x_RD, w_vD, row_R, ids_v, split: Split, held_v=None) -> _Seen:
     """The logits of rows `w` of the table, whose ids are `ids_v`, joined over `split.over`; the target is row `row_R`
-    of them, or none of them where that is outside."""
+    of them, or none of them where that is outside. Rows not `held_v` are none of the table's."""
     ax = split.ax
     z_Rv = matmul(x_RD, w_vD)
+    if held_v is not None:
+        z_Rv = jnp.where(held_v[None], z_Rv, -jnp.inf)
     own_top_R = lax.stop_gradient(z_Rv).max(-1)
     top_R = ax.pmax(own_top_R, split.over)
     lse_R = jnp.log(ax.psum(jnp.exp(z_Rv - top_R[:, None]).sum(-1), split.over)) + top_R

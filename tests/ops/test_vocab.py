@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from qwen2_jax.ops.vocab import embed, target_logprobs
+from qwen2_jax.ops.vocab import _part, embed, target_logprobs
+from qwen2_jax.sharding.axes import FSDP, Axes
+from qwen2_jax.sharding.mesh import BATCH_SPEC, make_mesh, per_device
+from qwen2_jax.sharding.split import Split
 
 FLOAT32 = 2e-6
 """Relative: sums over 97 logits and 13 chunks in another order."""
@@ -41,6 +45,35 @@ def test_log_probabilities_and_gradients_equal_torch(chunk):
     np.testing.assert_array_equal(correct, z.argmax(-1).numpy() == np.asarray(targets))
     for ours, theirs in zip(grads, (tx.grad, tt.grad), strict=True):
         assert np.linalg.norm(ours - theirs.numpy()) <= FLOAT32 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("vocab", [96, 92])
+@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2x2"])
+def test_a_table_spread_over_devices_equals_a_whole_one(vocab, mesh):
+    """A part of each device's rows at a time: four of 24 rows; of 23, which has no divisor, the last one filled up."""
+    rng = np.random.default_rng(0)
+    x, table = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 13, 8), (vocab, 8)))
+    targets = jnp.asarray(rng.integers(0, vocab, (4, 13)), jnp.int32)
+    mesh = make_mesh(mesh)
+    over = Axes.of(mesh).live(FSDP)
+
+    def spread(x, table, targets, *, ax):
+        return target_logprobs(x, ax.vary(table, over), targets, Split(ax, spread=over), chunk=4)
+
+    on_mesh = per_device(spread, mesh, (BATCH_SPEC, P(over), BATCH_SPEC), BATCH_SPEC)
+
+    def both(seen):
+        def loss(x, table):
+            logprob, lse, correct = seen(x, table, targets)
+            return -logprob.sum() + 0.3 * jnp.square(lse).sum(), (logprob, lse, correct)
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, table)
+
+    assert _part(vocab // 4, 4) == 6 and (vocab // 4) % 6 == (0 if vocab == 96 else 5)
+    (*ours, correct), (*whole, expected) = (jax.tree.leaves(both(seen)) for seen in (on_mesh, target_logprobs))
+    np.testing.assert_array_equal(correct, expected)
+    for a, b in zip(ours, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=FLOAT32 * float(jnp.abs(b).max()))
 
 
 def test_ties_belong_to_the_lowest_id():
