@@ -64,7 +64,8 @@ MESHES = {
     "Qwen2-7B": {"v5e-16": "fsdp=4x4", "v6e-16": "fsdp=4x4", "v5p-8": "fsdp=2x2", "v5p-32": "fsdp=2x2x4",
                  "v5e-256": "fsdp=16x16"},
     "Qwen2-72B": {"v5p-128": "fsdp=4x4x4", "v5e-256": "fsdp=16x16", "v6e-256": "fsdp=16x16"},
-    "Qwen2-57B-A14B": {"v5p-128": "fsdp=4x4x4", "v5e-256": "fsdp=16x16", "v6e-256": "fsdp=16x16"},
+    "Qwen2-57B-A14B": {"v5p-128": "fsdp=4x4,expert=4", "v5e-256": "fsdp=16x4,expert=4",
+                       "v6e-256": "fsdp=16x4,expert=4"},
 }
 CASES = {case.name: case for case in (
     Case(model, name, mesh, rows, seq) for model, of in MESHES.items()

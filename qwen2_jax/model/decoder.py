@@ -5,6 +5,7 @@ Shape letters: B rows on this device, T tokens, D model, h half a head's width, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -29,7 +30,7 @@ from qwen2_jax.ops.norm import rms_norm
 from qwen2_jax.ops.quant import Quant, quantize, quantized_specs
 from qwen2_jax.ops.rope import rope_tables
 from qwen2_jax.ops.vocab import embed
-from qwen2_jax.sharding.axes import BATCH, CONTEXT, TENSOR, Axes
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, FSDP, TENSOR, Axes
 from qwen2_jax.sharding.mesh import shardings
 from qwen2_jax.sharding.order import row_slots
 from qwen2_jax.sharding.rules import Rules
@@ -208,22 +209,25 @@ class Decoder(nn.Module):
         return jnp.arange(run.length, dtype=jnp.int32), flags_R
 
 
-def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True, mesh: Mesh | None = None) -> dict:
+def init_params(cfg: ModelConfig, key: jax.Array, *, stacked: bool = True, mesh: Mesh | None = None,
+                specs: Any = None) -> dict:
     """Fresh float32 parameters: normal(init_std) matrices, zero biases, unit norms; the same bits in both layouts and
-    on every mesh, each device making its own pieces."""
+    on every mesh, each device making its own pieces: those of `specs`, such as a loss's (default: `param_specs`)."""
     def init(key):      # under jit, so that the forward pass, which declares the parameters, is not computed
         params = nn.meta.unbox(Decoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
         return params if stacked else unstack(params, cfg)
 
     if mesh is None:
         return jax.jit(init)(key)
-    return jax.jit(init, out_shardings=shardings(param_specs(cfg, mesh, stacked=stacked), mesh))(key)
+    specs = param_specs(cfg, mesh, stacked=stacked) if specs is None else specs
+    return jax.jit(init, out_shardings=shardings(specs, mesh))(key)
 
 
-def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True, quant: Quant = None) -> dict:
+def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True, quant: Quant = None,
+                spread_over: tuple[str, ...] = FSDP) -> dict:
     """The partition spec of each parameter on the mesh, a tree like the parameters (`sharding/rules.py`); with `quant`
-    a tree like `ops.quant.quantize` makes."""
-    rules = Rules.of(cfg, Axes.of(mesh))
+    a tree like `ops.quant.quantize` makes. `spread_over` as in `Axes`."""
+    rules = Rules.of(cfg, dataclasses.replace(Axes.of(mesh), spread_over=spread_over))
     # A stack is traced as one layer, which spares seconds at start; a layer lies as its stack does.
     declared = jax.eval_shape(lambda: Decoder(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model.params import normal, weight, zeros
 from qwen2_jax.ops.dot import linear, matmul
-from qwen2_jax.sharding.axes import FSDP, Axes
+from qwen2_jax.sharding.axes import Axes
 from qwen2_jax.sharding.rules import Rules
 from qwen2_jax.sharding.split import Split
 
@@ -25,8 +25,8 @@ def table(module: Any):
 
 def vocab_split(cfg: ModelConfig, ax: Axes) -> Split:
     """How the rows of a table [vocab, D] lie on the mesh."""
-    rows, _ = Rules.of(cfg, ax).placement(("vocab", "embed"), (cfg.vocab, cfg.d_model))
-    return Split(ax, tuple(n for n in rows if n not in FSDP), tuple(n for n in rows if n in FSDP))
+    rules = Rules.of(cfg, ax)
+    return Split(ax, rules.split_over("vocab"), rules.gathered(("vocab", "embed"), (cfg.vocab, cfg.d_model))[0])
 
 
 class Head(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.ops.dot import for_product
 from qwen2_jax.ops.quant import Int8
-from qwen2_jax.sharding.axes import BATCH, FSDP, Axes
+from qwen2_jax.sharding.axes import BATCH, Axes
 from qwen2_jax.sharding.rules import Rules
 
 
@@ -26,8 +26,8 @@ zeros, ones = nn.initializers.zeros, nn.initializers.ones
 def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable,
            spread: tuple[str, ...] = ()):
     """Declare a parameter by global shape and logical axes; return this device's view in the compute dtype: its piece
-    along the axes that stay split (`sharding/rules.py`), gathered over fsdp but for the axes `spread`; with any of
-    those, in the dtype that gradients are summed in.
+    along the axes that stay split (`sharding/rules.py`), gathered over the others but for the axes `spread`; with any
+    of those, in the dtype that gradients are summed in.
 
     `module` is a Linen module with fields `cfg`, `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded
     in another dtype is used as it is, and cast here. Of a quantized tree, a matrix is seen as the `Int8` that it is.
@@ -35,12 +35,12 @@ def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
     ax: Axes = module.ax
     rules = Rules.of(module.cfg, ax)
     stored: Any = module.param(name, nn.with_partitioning(init, axes), rules.local_shape(axes, shape), jnp.float32)
-    placement = rules.placement(axes, shape)
+    gathered = rules.gathered(axes, shape)
 
     def view(piece, dtype=None):
         w = ax.vary(piece, BATCH + ax.tokens)
         for dim in range(w.ndim):       # a scale [out] lies as its matrix [out, in] does
-            w = ax.gather(w, [n for n in placement[dim] if n in FSDP and n not in spread], dim, dtype)
+            w = ax.gather(w, [n for n in gathered[dim] if n not in spread], dim, dtype)
         return w
 
     if isinstance(stored, Int8):
@@ -53,7 +53,7 @@ def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
 def matrix(module: Any, name: str, shape: tuple[int, int], axes: tuple[str, str], init: Callable):
     """`weight` for a product of `ops.dot`, which may sum the gradient over devices as it is made."""
     ax: Axes = module.ax
-    over = tuple(n for n in Rules.of(module.cfg, ax).placement(axes, shape)[0] if n in FSDP)
+    over = Rules.of(module.cfg, ax).gathered(axes, shape)[0]
     return for_product(weight(module, name, shape, axes, init, over), ax, over, module.dtype)
 
 

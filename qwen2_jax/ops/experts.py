@@ -6,6 +6,7 @@ C = R k of them.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ from qwen2_jax.ops.grouped_matmul import How, grouped_matmul
 from qwen2_jax.ops.quant import Int8
 from qwen2_jax.sharding.axes import ONE_DEVICE, Axes
 
-HEADROOM, TILE, SMALLEST_ROUND = 1.25, 512, 4096
-"""Copies that one round takes: this many times those of a balanced router, in whole tiles of the kernel; below the
-last, products are bound by reading their weights, and a second round would read them again."""
+HEADROOM, TILE, SMALLEST_ROUND = 0.5, 512, 4096
+"""Copies that one round takes: those of a balanced router and, for one expert, this part more, in whole tiles of the
+kernel; below the last, products are bound by reading their weights, and a second round would read them again. What one
+expert gets beyond its share, others lack: of n together it is 1/sqrt(n) as much, if they are independent."""
 ROW_BLOCK = 16
 """Rows that one product takes in `blocked_experts`: fixed, so that a row's result does not depend on its company."""
 
@@ -82,12 +84,13 @@ def grouped_experts(x_RD, weight_Rk, expert_Rk, w: ExpertWeights, *, ax: Axes = 
     """
     copies = sorted_copies(expert_Rk, w.gate_EFD.shape[0])
     experts = partial(_experts, How.of(ax, x_RD.dtype))
-    return in_rounds(experts, round_size(expert_Rk.size, share), copies, x_RD, weight_Rk, w)
+    size = round_size(expert_Rk.size, w.gate_EFD.shape[0], share)
+    return in_rounds(experts, size, copies, x_RD, weight_Rk, w)
 
 
-def round_size(copies: int, share: float) -> int:
+def round_size(copies: int, experts: int, share: float) -> int:
     """Copies of a round."""
-    balanced = -(-int(copies * share * HEADROOM) // TILE) * TILE
+    balanced = -(-int(copies * share * (1 + HEADROOM / math.sqrt(experts))) // TILE) * TILE
     return min(copies, max(balanced, SMALLEST_ROUND))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.ops.vocab import TOKEN_CHUNK
 from qwen2_jax.plan.chips import Chip
-from qwen2_jax.plan.flops import model_flops
+from qwen2_jax.plan.flops import Mode, model_flops
 from qwen2_jax.plan.program import Task
 from qwen2_jax.plan.topology import Topology
 from qwen2_jax.shapes import kv_bytes_per_token, param_shapes
@@ -85,7 +85,7 @@ def _meshes(task: Task, devices: int) -> Iterator[Sizes]:
             yield sizes
 
 
-def _local_parameters(cfg: ModelConfig, sizes: Sizes) -> float:
+def _local_parameters(cfg: ModelConfig, sizes: Sizes, mode: Mode = "decode") -> float:
     """Parameters that a device holds."""
     total = 0.0
     for path, shape in param_shapes(cfg).items():
@@ -93,13 +93,14 @@ def _local_parameters(cfg: ModelConfig, sizes: Sizes) -> float:
         split = 1
         if not (name.endswith("bias") or name == "scale"):
             routed = path.endswith(("moe/gate", "moe/up", "moe/down"))
-            split = sizes.fsdp * (1 if "router" in name else sizes.tensor) * (sizes.expert if routed else 1)
+            split = sizes.fsdp * (1 if "router" in name else sizes.tensor)
+            split *= sizes.expert if routed or mode == "train" else 1
         total += math.prod(shape) / split
     return total
 
 
 def _layer_parameters(cfg: ModelConfig, sizes: Sizes) -> float:
-    """Parameters of one layer as a device computes with them: gathered over fsdp."""
+    """Parameters of one layer as a device computes with them: gathered."""
     whole = Sizes(expert=sizes.expert, tensor=sizes.tensor)
     vocabulary = cfg.vocab * cfg.d_model * (1 if cfg.tied_head else 2) / sizes.tensor
     return max(0.0, _local_parameters(cfg, whole) - vocabulary) / cfg.layers
@@ -107,7 +108,7 @@ def _layer_parameters(cfg: ModelConfig, sizes: Sizes) -> float:
 
 def _training(task: Task, sizes: Sizes, chip: Chip) -> Estimate:
     cfg = task.cfg
-    held, layer = _local_parameters(cfg, sizes), _layer_parameters(cfg, sizes)
+    held, layer = _local_parameters(cfg, sizes, "train"), _layer_parameters(cfg, sizes)
     tokens = task.batch // sizes.rows * task.seq / sizes.context
     wide = max(cfg.d_ff, cfg.moe.top_k * cfg.moe.d_expert + cfg.moe.d_shared if cfg.moe else 0)
     heads = cfg.heads * cfg.head_dim / sizes.tensor
@@ -126,7 +127,7 @@ def _training(task: Task, sizes: Sizes, chip: Chip) -> Estimate:
     devices = sizes.rows * sizes.context * sizes.tensor
     seconds = flops / devices / (MATMUL_SHARE * chip.flops)
     link = chip.link_bandwidth / chip.devices_per_chip
-    weights = 2 * cfg.layers * layer * (sizes.fsdp > 1)
+    weights = 2 * cfg.layers * layer * (sizes.fsdp * sizes.expert > 1)
     seconds += (1 - OVERLAPPED) * 3 * weights / (2 * link)
     activations = tokens * cfg.d_model * 2
     seconds += cfg.layers * 10 * activations * (sizes.tensor - 1) / sizes.tensor / link

@@ -32,6 +32,10 @@ CONTEXT = ("context",)
 TENSOR = ("tensor",)
 """Splits heads, feed-forward width and vocabulary; between blocks, the tokens of a row."""
 EXPERT = ("expert",)
+TRAINED = FSDP + EXPERT
+"""In training, parameters that are no expert's are spread over `expert` as well: their state is the larger part of what
+a device would otherwise hold, and their gradients leave scattered. Generation would have to gather them for each token.
+"""
 IN_STEP = FSDP + EXPERT
 """Batch axes whose devices exchange weights or tokens in each layer: they leave a loop together."""
 
@@ -52,6 +56,8 @@ class Axes:
     """The kind of device, as JAX names it, for the choice of kernels; "" where any device must do."""
     reduce_dtype: str = ""
     """What gradients of weights are summed in over devices; "" for what is computed in."""
+    spread_over: tuple[str, ...] = FSDP
+    """Axes over which parameters are spread, to be gathered where they are used; TRAINED in training."""
 
     @classmethod
     def of(cls, mesh: jax.sharding.Mesh | None) -> Axes:

@@ -1,9 +1,10 @@
 """The one table: on which mesh axis each logical axis of a parameter lives, and what becomes of it where it does not
 divide.
 
-Tensor and expert axes split what TABLE says, wherever the model's sizes allow it. The fsdp axes then split each matrix
-along its outputs, its major dimension, below tensor where tensor lies there too: gathered before use, so any rows will
-do. What cannot be split is replicated, and said once in the log `qwen2_jax`.
+Tensor and expert axes split what TABLE says, wherever the model's sizes allow it. The fsdp axes, and in training expert
+for what is no expert's, then split each matrix along its outputs, its major dimension, below tensor where tensor lies
+there too: gathered before use, so any rows will do. What cannot be split is replicated, and said once in the log
+`qwen2_jax`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.sharding.axes import FSDP, TENSOR, Axes
+from qwen2_jax.sharding.axes import TENSOR, Axes
 
 log = logging.getLogger("qwen2_jax")
 
@@ -61,7 +62,7 @@ class Rules:
 
     @classmethod
     def of(cls, cfg: ModelConfig, ax: Axes) -> Rules:
-        return _rules(cfg, Axes(ax.sizes))
+        return _rules(cfg, Axes(ax.sizes, spread_over=ax.spread_over))
 
     def split_over(self, logical: str) -> tuple[str, ...]:
         """The mesh axes that split a logical axis: none, or one."""
@@ -71,12 +72,19 @@ class Rules:
         """Mesh axes of each dimension of a parameter with these logical axes and this global shape, major first."""
         dims = [list(self.split_over(a)) for a in axes]
         if len(shape) >= 2:
-            for name in self.ax.live(FSDP):
+            for name in self.ax.live(self.ax.spread_over):
+                if any(name in dim for dim in dims):
+                    continue
                 for dim in (len(shape) - 2, len(shape) - 1):
                     if shape[dim] % (self.ax.size(dims[dim]) * self.ax.size((name,))) == 0:
                         dims[dim].append(name)
                         break
         return tuple(map(tuple, dims))
+
+    def gathered(self, axes: Sequence[str], shape: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+        """Of `placement`, the axes that a dimension is gathered over before use."""
+        return tuple(tuple(n for n in names if n not in self.split_over(a))
+                     for a, names in zip(axes, self.placement(axes, shape), strict=True))
 
     def spec(self, axes: Sequence[str], shape: Sequence[int]) -> P:
         """`placement` as a partition spec."""

@@ -25,7 +25,7 @@ class Split:
     ax: Axes = ONE_DEVICE
     over: tuple[str, ...] = ()
     spread: tuple[str, ...] = ()
-    """Of the vocabulary's: fsdp axes over which its rows lie until they are used (ops/vocab.py)."""
+    """Of the vocabulary's: axes over which its rows lie until they are used (ops/vocab.py)."""
 
     @classmethod
     def of(cls, cfg: ModelConfig, ax: Axes, logical: str) -> Split:

@@ -20,7 +20,7 @@ from qwen2_jax.model.decoder import Decoder, param_specs
 from qwen2_jax.ops.exchange import ExpertExchange
 from qwen2_jax.ops.experts import RouterStats, load_balancing_loss
 from qwen2_jax.ops.vocab import target_logprobs
-from qwen2_jax.sharding.axes import BATCH, CONTEXT, ONE_DEVICE, Axes
+from qwen2_jax.sharding.axes import BATCH, CONTEXT, ONE_DEVICE, TRAINED, Axes
 from qwen2_jax.sharding.order import balance
 
 jax.tree_util.register_dataclass(PackedBatch)   # here, because `data/` is numpy alone
@@ -61,11 +61,11 @@ class NextTokenLoss:
 
     def param_specs(self, mesh: Mesh | None) -> dict:
         """Where the parameters lie on a mesh."""
-        return param_specs(self.model, mesh, stacked=self.stacked)
+        return param_specs(self.model, mesh, stacked=self.stacked, spread_over=TRAINED)
 
     def sums(self, params: dict, batch: PackedBatch, *, ax: Axes = ONE_DEVICE) -> LossSums:
         """Sums over this device's tokens [b, T], then over devices."""
-        ax, batch = balance(dataclasses.replace(ax, reduce_dtype=self.reduce_dtype), batch)
+        ax, batch = balance(dataclasses.replace(ax, reduce_dtype=self.reduce_dtype, spread_over=TRAINED), batch)
         decoder = Decoder(self.model, ax, jnp.dtype(self.dtype), self.stacked, remat=self.remat,
                           expert_exchange=self.expert_exchange)
         out: Any = decoder.apply({"params": params}, batch.ids_BT, positions_BT=batch.positions_BT,

@@ -29,6 +29,9 @@ ATTENTION, MLP, SHARED, ROUTER = 3 * 32 * 32 * 4, 3 * 64 * 32 * 4, 3 * 32 * 32 *
 """Of the matrices: queries, keys, values and output; a dense block's three; the shared expert's; the router's."""
 EXPERTS = 8 * 3 * 16 * 32 * 4
 NORMS, BIASES, GATE = 2 * 32 * 4, (32 + 16 + 16) * 4, 32 * 4
+COMMON = ATTENTION + ROUTER + SHARED + GATE
+"""Of an expert block's matrices that are no expert's; and the parts that tensor=2 makes of them."""
+COMMON_OF_TENSOR = ATTENTION // 2 + ROUTER + SHARED // 2 + GATE
 CHOICES = 8 * 32 * 2 * 4
 """Of all tokens' 2 weights, or 2 expert numbers."""
 
@@ -78,37 +81,39 @@ TABLE = {
         (AR, "fsdp_x context tensor"): (2, NORMS),
     }),
     ("moe", "expert=2", "gather"): ({
-        (AG, "expert"): (3, X + 2 * CHOICES),                   # tokens, weights and experts of all
+        (AG, "expert"): (12, X + 2 * CHOICES + COMMON),         # tokens, weights and experts of all; other matrices
         (RS, "expert"): (1, X),                                 # results, summed where the tokens came from
     }, {
-        (AG, "expert"): (7, 3 * X + 4 * CHOICES),               # twice, and the results' gradients
-        (RS, "expert"): (3, 2 * X + CHOICES),                   # results, gradients of tokens and weights
-        (AR, "expert"): (14, ATTENTION + NORMS + BIASES + ROUTER + SHARED + GATE),  # all that is not an expert
+        (AG, "expert"): (25, 3 * X + 4 * CHOICES + 2 * COMMON),     # twice, and the results' gradients
+        (RS, "expert"): (12, 2 * X + CHOICES + COMMON),         # results, gradients of tokens, weights and matrices
+        (AR, "expert"): (5, NORMS + BIASES),
     }),
     ("moe", "expert=2", "all_to_all"): ({
-        (AG, "expert"): (1, 2 * 2 * 4),                         # how many rows go from where to where
+        (AG, "expert"): (10, 2 * 2 * 4 + COMMON),               # how many rows go from where to where; matrices
         (A2A, "expert"): (4, 2 * X + 2 * CHOICES),              # as above, each row where it is wanted; results back
     }, {
-        (AG, "expert"): (2, 2 * 2 * 2 * 4),
+        (AG, "expert"): (20, 2 * 2 * 2 * 4 + 2 * COMMON),
         (A2A, "expert"): (10, 5 * X + 5 * CHOICES),             # twice but for results; gradients of all but numbers
-        (AR, "expert"): (14, ATTENTION + NORMS + BIASES + ROUTER + SHARED + GATE),
+        (RS, "expert"): (9, COMMON),
+        (AR, "expert"): (5, NORMS + BIASES),
     }),
     ("moe", "fsdp=2,expert=2,tensor=2", "gather"): ({
-        (AG, "fsdp_x"): (12, ATTENTION // 2 + EXPERTS // 4 + ROUTER + SHARED // 2 + GATE),
+        (AG, "fsdp_x"): (3, EXPERTS // 4),
+        (AG, "fsdp_x expert"): (9, COMMON_OF_TENSOR),           # what is no expert's lies spread over both
         (AG, "tensor"): (4, 2 * X // 4 + 2 * CHOICES // 4),     # into attention; into the experts with their choices
         (AG, "expert"): (3, X // 2 + 2 * CHOICES // 2),
         (RS, "expert"): (1, X // 2),
         (RS, "tensor"): (2, 2 * X // 4),                        # routed and shared experts come out as one sum
     }, {
-        (AG, "fsdp_x"): (24, 2 * (ATTENTION // 2 + EXPERTS // 4 + ROUTER + SHARED // 2 + GATE)),
+        (AG, "fsdp_x"): (6, 2 * EXPERTS // 4),
+        (AG, "fsdp_x expert"): (18, 2 * COMMON_OF_TENSOR),
         (AG, "tensor"): (10, 6 * X // 4 + 4 * CHOICES // 4),
         (AG, "expert"): (7, 3 * X // 2 + 4 * CHOICES // 2),
-        (RS, "fsdp_x"): (12, ATTENTION // 2 + EXPERTS // 4 + ROUTER + SHARED // 2 + GATE),
-        (RS, "expert"): (3, 2 * X // 2 + CHOICES // 2),
+        (RS, "fsdp_x"): (12, EXPERTS // 4 + COMMON_OF_TENSOR),
+        (RS, "expert"): (12, 2 * X // 2 + CHOICES // 2 + COMMON_OF_TENSOR // 2),
         (RS, "tensor"): (6, 5 * X // 4 + CHOICES // 4),
-        (AR, "expert"): (7, (ATTENTION + SHARED) // 4),
+        (AR, "tensor"): (2, (ROUTER + GATE) // 4),
         (AR, "fsdp_x expert"): (3, BIASES // 2),
-        (AR, "expert tensor"): (2, (ROUTER + GATE) // 2),
         (AR, "fsdp_x expert tensor"): (2, NORMS),
     }),
 }

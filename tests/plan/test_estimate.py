@@ -15,6 +15,7 @@ from qwen2_jax.plan.estimate import STATE, Sizes, candidates, estimate
 from qwen2_jax.plan.program import Task
 from qwen2_jax.plan.topology import parse_topology
 from qwen2_jax.presets import PRESETS
+from qwen2_jax.sharding.axes import TRAINED
 from qwen2_jax.sharding.mesh import make_mesh, shardings
 
 FEW_PER_CENT = 0.03
@@ -24,8 +25,8 @@ SPARSE = dataclasses.replace(PRESETS["Qwen2-57B-A14B"], layers=2)
 
 
 def held(cfg, mesh) -> int:
-    """Parameters of one device as `sharding/rules.py` places them."""
-    where = shardings(param_specs(cfg, mesh), mesh)
+    """Parameters of one device in training, as `sharding/rules.py` places them."""
+    where = shardings(param_specs(cfg, mesh, spread_over=TRAINED), mesh)
     return sum(math.prod(s.shard_shape(leaf.shape))
                for leaf, s in zip(jax.tree.leaves(abstract_params(cfg)), jax.tree.leaves(where), strict=True))
 
