@@ -55,7 +55,8 @@ class Chunk(NamedTuple):
 
 
 def prefill_chunks(tokens: int) -> list[Chunk]:
-    """Cut a prompt: full chunks of the largest width, then the rest in the narrowest width that needs at most three."""
+    """Cut a prompt: full chunks of the largest width, then the rest in the narrowest width that needs at most three.
+    Each starts at a multiple of its width (`ops.flash.flash_attend_cache`)."""
     chunks, start = [], 0
     while tokens - start:
         left = tokens - start

@@ -28,6 +28,7 @@ def test_chunks_cover_a_prompt(tokens):
     assert sum(c.count for c in chunks) == tokens
     assert all(c.width in PREFILL_CHUNKS and 0 < c.count <= c.width for c in chunks)
     assert all(c.count == c.width for c in chunks[:-1])
+    assert all(c.start % c.width == 0 for c in chunks), "as attention's kernel needs it"
     narrow = [c for c in chunks if c.width < PREFILL_CHUNKS[-1]]
     assert len(narrow) <= 5 and sum(c.width for c in chunks) - tokens < PREFILL_CHUNKS[1]
 
