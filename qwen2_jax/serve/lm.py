@@ -27,7 +27,7 @@ from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.data.tokenizer_files import has_tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import param_specs
-from qwen2_jax.ops.quant import Quant, check_quant
+from qwen2_jax.ops.quant import Quant, check_quant, quant_of
 from qwen2_jax.serve import score
 from qwen2_jax.serve.defaults import GenerationDefaults, check_seed, check_settings, check_stop, check_truncate
 from qwen2_jax.serve.engine import Engine, Output
@@ -35,7 +35,7 @@ from qwen2_jax.serve.limits import Limits
 from qwen2_jax.serve.programs import DECODE_CHUNK, Programs
 from qwen2_jax.serve.scheduler import Request, Sample
 from qwen2_jax.serve.text import SampleText
-from qwen2_jax.sharding.mesh import make_mesh, shardings
+from qwen2_jax.sharding.mesh import make_mesh, place, shardings
 from qwen2_jax.sharding.processes import agreed
 
 log = logging.getLogger("qwen2_jax")
@@ -108,18 +108,21 @@ def load(path: str | Path, *, dtype: Any = None, mesh: str | Mesh | None = None,
 
 
 class LM:
-    """A language model ready for use. Make one with `load`, or from a parameter tree in the matching layout."""
+    """A language model ready for use. Make one with `load`, or from a parameter tree in the matching layout: on a mesh,
+    weights that lie otherwise than generation wants them, as training's may, are moved."""
 
     def __init__(self, params: dict, cfg: ModelConfig, *, tokenizer: Tokenizer | None = None,
                  defaults: GenerationDefaults | None = None, dtype: Any = jnp.float32, stacked: bool | None = None,
                  mesh: Mesh | None = None, notify: Callable[[str], None] | None = None):
+        on_cpu = jax.default_backend() == "cpu"
+        stacked = not on_cpu if stacked is None else stacked
+        if mesh is not None:
+            params = place(params, mesh, param_specs(cfg, mesh, stacked=stacked, quant=quant_of(params)))
         self.cfg, self.params, self.tokenizer = cfg, params, tokenizer
         self.defaults = defaults or GenerationDefaults()
         self.limits = Limits(cfg)
         self._notify = notify or log.info
-        on_cpu = jax.default_backend() == "cpu"
-        self._programs = Programs(params, cfg, dtype=dtype, stacked=not on_cpu if stacked is None else stacked,
-                                  mesh=mesh, notify=self._compiled)
+        self._programs = Programs(params, cfg, dtype=dtype, stacked=stacked, mesh=mesh, notify=self._compiled)
         self._engine = Engine(self._programs, most_slots=CPU_SLOTS if on_cpu else ACCELERATOR_SLOTS)
         # generation_config.json goes before config.json; where the vocabulary is Qwen2's, both of its ids stop.
         self._stop_ids = dataclasses.replace(cfg, eos_ids=self.defaults.stop_ids or cfg.eos_ids).stop_ids

@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 import qwen2_jax
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import param_specs
-from qwen2_jax.sharding.mesh import make_mesh
+from qwen2_jax.serve.lm import LM
+from qwen2_jax.sharding.mesh import make_mesh, place
+from qwen2_jax.train.losses import NextTokenLoss
 from tests.serve.models import random_prompts
 
 
@@ -66,6 +68,18 @@ def test_weights_split_over_devices(load, kind, mesh):
     pairs = [("import", " os"), ("a", "b"), ("for i", " in x")]
     for a, b in zip(many.loglikelihood(pairs), one.loglikelihood(pairs), strict=True):
         assert a == pytest.approx(b, abs=near)
+
+
+def test_weights_that_lie_as_training_has_them_are_moved(load):
+    """Training spreads over `expert` what generation wants whole on each device."""
+    one, mesh = load("moe"), make_mesh("fsdp=2,expert=2")
+    trained = NextTokenLoss(model=one.cfg, stacked=False).param_specs(mesh)
+    specs = param_specs(one.cfg, mesh, stacked=False)
+    assert trained["layers_0"]["attn"]["q"] != specs["layers_0"]["attn"]["q"]
+    many = LM(place(one.params, mesh, trained), one.cfg, mesh=mesh, stacked=False)
+    assert many.params["layers_0"]["attn"]["q"].sharding.spec == specs["layers_0"]["attn"]["q"]
+    texts = [[a.token_ids for a in lm.generate(random_prompts(3, 40), max_new_tokens=10)] for lm in (one, many)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("mesh, message", [
