@@ -6,6 +6,7 @@ Shape letters: B rows on this device, T tokens, D model, h half a head's width, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -228,21 +229,25 @@ def param_specs(cfg: ModelConfig, mesh: Mesh | None, *, stacked: bool = True, qu
     """The partition spec of each parameter on the mesh, a tree like the parameters (`sharding/rules.py`); with `quant`
     a tree like `ops.quant.quantize` makes. `spread_over` as in `Axes`."""
     rules = Rules.of(cfg, dataclasses.replace(Axes.of(mesh), spread_over=spread_over))
-    # A stack is traced as one layer, which spares seconds at start; a layer lies as its stack does.
-    declared = jax.eval_shape(lambda: Decoder(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-
     def spec(leaf: Any) -> P:
         if leaf.names[0] == "layers":
             return P(None, *rules.spec(leaf.names[1:], leaf.value.shape[1:]))
         return rules.spec(leaf.names, leaf.value.shape)
 
-    specs: dict = jax.tree.map(spec, declared, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    specs: dict = jax.tree.map(spec, _declared(cfg), is_leaf=lambda x: isinstance(x, nn.Partitioned))
     specs = quantized_specs(specs) if quant else specs
     if stacked:
         return specs
     runs = cfg.layer_runs()
     others = {name: specs[name] for name in specs.keys() - {run.name for run in runs}}
     return others | {f"layers_{i}": specs[run.name] for run in runs for i in run.layers}
+
+
+@functools.lru_cache(maxsize=8)
+def _declared(cfg: ModelConfig) -> dict:
+    """Shapes and logical axes of the stacked parameters, read only: kept, because state, step, evaluation and serving
+    each ask where they lie. A stack is traced as one layer, which spares seconds at start; a layer lies as it does."""
+    return jax.eval_shape(lambda: Decoder(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def abstract_params(cfg: ModelConfig, *, stacked: bool = True, quant: Quant = None) -> dict:

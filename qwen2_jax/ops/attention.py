@@ -74,7 +74,7 @@ def _product(k_BKSH, v_BKSH, q_BtNH, mask_BtS):
     K, S = k_BKSH.shape[1:3]
     mask_BKRS = jnp.broadcast_to(mask_BtS[:, None, None], (B, K, N // K, t, S)).reshape(B, K, -1, S)
     p = jax.nn.softmax(_scores(q_BtNH, k_BKSH, mask_BKRS), axis=-1)
-    return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), q_BtNH.shape[2]).astype(q_BtNH.dtype)
+    return _merge_heads(_batched_dot(p, v_BKSH, _BATCHED_PV), N).astype(q_BtNH.dtype)
 
 
 def key_block(slots: int, tokens: int, ax: Axes) -> int:

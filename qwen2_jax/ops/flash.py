@@ -52,7 +52,7 @@ def flash_attend(q_BTNH, k_BSKH, v_BSKH, *, order: RowOrder, segments_BT=None, k
 
 def suits_cache(ax: Axes, dtype, tokens: int, slots: int) -> bool:
     """Whether the kernel runs there, on `tokens` tokens over a cache of `slots`."""
-    return tokens > 1 and suits(ax, dtype, tokens) and slots % tokens == 0
+    return suits(ax, dtype, tokens) and slots % tokens == 0
 
 
 def flash_attend_cache(q_BTNH, k_BKSH, v_BKSH, *, start, windowed=None, window: int = 0, ax: Axes,

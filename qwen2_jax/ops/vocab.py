@@ -166,7 +166,7 @@ def _over_table(x_RD, table_vD, target_R, split: Split, chunk: int) -> _Seen:
 
 def _part(rows: int, parts: int) -> int:
     """Rows of one of about so many equal parts: of a divisor's where there is one, else the last part is filled up."""
-    divisor = least_divisor(rows, min(rows, parts))
+    divisor = least_divisor(rows, parts)
     return rows // divisor if divisor < 2 * parts else -(-rows // parts)
 
 

@@ -33,8 +33,8 @@ TENSOR = ("tensor",)
 """Splits heads, feed-forward width and vocabulary; between blocks, the tokens of a row."""
 EXPERT = ("expert",)
 TRAINED = FSDP + EXPERT
-"""In training, parameters that are no expert's are spread over `expert` as well: their state is the larger part of what
-a device would otherwise hold, and their gradients leave scattered. Generation would have to gather them for each token.
+"""In training, parameters that are no expert's are spread over `expert` as well: their state is a large part of what a
+device would otherwise hold, and their gradients leave scattered. Generation would have to gather them for each token.
 """
 IN_STEP = FSDP + EXPERT
 """Batch axes whose devices exchange weights or tokens in each layer: they leave a loop together."""
