@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,8 @@ def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
     of those, in the dtype that gradients are summed in.
 
     `module` is a Linen module with fields `cfg`, `ax` and `dtype`. Stored in float32 at initialisation; a tree loaded
-    in another dtype is used as it is, and cast here. Of a quantized tree, a matrix is seen as the `Int8` that it is.
+    in another dtype is used as it is, and cast here. Of a quantized tree, a matrix is seen as the `Int8` that it is; a
+    `Master` is cast to the dtype of its slot.
     """
     ax: Axes = module.ax
     rules = Rules.of(module.cfg, ax)
@@ -46,8 +48,8 @@ def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
     if isinstance(stored, Int8):
         return jax.tree.map(view, stored)
     # Cast first: half the bytes travel, and the gradient's sum over devices happens once, here.
-    reduced = stored.astype(ax.reduce_dtype or module.dtype)
-    return view(reduced, None if spread else module.dtype)
+    cast = stored.cast() if isinstance(stored, Master) else stored.astype(ax.reduce_dtype or module.dtype)
+    return view(cast, None if spread else module.dtype)
 
 
 def matrix(module: Any, name: str, shape: tuple[int, int], axes: tuple[str, str], init: Callable):
@@ -55,6 +57,39 @@ def matrix(module: Any, name: str, shape: tuple[int, int], axes: tuple[str, str]
     ax: Axes = module.ax
     over = Rules.of(module.cfg, ax).gathered(axes, shape)[0]
     return for_product(weight(module, name, shape, axes, init, over), ax, over, module.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Master:
+    """A float32 parameter whose gradient is wanted in another dtype; a parameter tree may have one for an array.
+
+    JAX gives a gradient the dtype of what it is a gradient of: with respect to the parameter itself, a stack of layers'
+    bfloat16 gradients would be widened as it is written, to twice the bytes and not one digit more. So it is taken with
+    respect to `slot`, an array of the parameter's shape and of the other dtype, which is never read.
+    """
+
+    value: Any
+    slot: Any
+
+    def cast(self):
+        return _cast(self.value, self.slot)
+
+
+@jax.custom_vjp
+def _cast(value, slot):
+    return value.astype(slot.dtype)
+
+
+def _cast_forward(value, slot):
+    return _cast(value, slot), None
+
+
+def _cast_backward(_, gradient):
+    return None, gradient
+
+
+_cast.defvjp(_cast_forward, _cast_backward)
 
 
 def stack(params: dict, cfg: ModelConfig) -> dict:

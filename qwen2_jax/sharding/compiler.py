@@ -37,6 +37,9 @@ TPU_TRAINING: Mapping[str, Any] = {
     # Over three dimensions of a torus the compiler otherwise makes a gather into a sum of zeros with each device's
     # piece: twice the bytes, and everything waits.
     "xla_tpu_prefer_async_allgather_to_allreduce": True,
+    # Otherwise a stack of float32 weights, of which each layer casts its own, is cast whole before the scan, and the
+    # copy kept throughout the step (docs/tpu_performance.md, 30).
+    "xla_jf_bf16_propagation": False,
 }
 SCOPED_VMEM_KIB: Mapping[str, int] = {
     # Of 128 MiB of vector memory the compiler takes 16 for the tiles of a fusion, unless told; with more, products read

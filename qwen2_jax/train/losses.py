@@ -59,6 +59,11 @@ class NextTokenLoss:
     expert_exchange: ExpertExchange = "auto"
     reduce_dtype: str = ""
 
+    @property
+    def gradient_dtype(self) -> Any:
+        """What gradients of parameters are summed in over devices, and so all that there is to keep of them."""
+        return jnp.dtype(self.reduce_dtype or self.dtype)
+
     def param_specs(self, mesh: Mesh | None) -> dict:
         """Where the parameters lie on a mesh."""
         return param_specs(self.model, mesh, stacked=self.stacked, spread_over=TRAINED)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from qwen2_jax.errors import UserError
+from qwen2_jax.model.params import Master
 from qwen2_jax.sharding.axes import BATCH, CONTEXT, Axes
 from qwen2_jax.sharding.compiler import training_options
 from qwen2_jax.sharding.mesh import REPLICATED, TOKENS_SPEC, per_device, place
@@ -28,6 +29,8 @@ class TrainState(NamedTuple):
 class Loss(Protocol):
     """What `make_step` minimises; see `train.losses`."""
 
+    @property
+    def gradient_dtype(self) -> Any: ...
     def param_specs(self, mesh: Mesh | None) -> Any: ...
     def sums(self, params: dict, batch: Any, *, ax: Any) -> Any: ...
     def mean(self, sums: Any) -> jax.Array: ...
@@ -74,15 +77,19 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
     global_sums = per_device(loss.sums, mesh, (loss.param_specs(mesh), TOKENS_SPEC), REPLICATED)
     rows, context = micro_batches * ax.size(BATCH), ax.size(CONTEXT)
 
-    def whole(params, batch):
-        sums = global_sums(params, batch)
+    def sums_from(slots, params, batch):
+        return global_sums(jax.tree.map(Master, params, slots), batch)
+
+    def whole(slots, params, batch):
+        sums = sums_from(slots, params, batch)
         return loss.mean(sums), sums
 
     def gradients(params, batch):
+        slots = jax.tree.map(lambda p: jnp.zeros(p.shape, loss.gradient_dtype), params)
         if micro_batches == 1:
-            (_, sums), gradient = jax.value_and_grad(whole, has_aux=True)(params, batch)
-            return gradient, sums
-        return _accumulate(loss, global_sums, params, batch, micro_batches)
+            (_, sums), gradient = jax.value_and_grad(whole, has_aux=True)(slots, params, batch)
+            return jax.tree.map(_to_float32, gradient), sums
+        return _accumulate(loss, sums_from, slots, params, batch, micro_batches)
 
     def step(state: TrainState, batch):
         B, T = jax.tree.leaves(batch)[0].shape[:2]
@@ -102,14 +109,14 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
     return jax.jit(step, donate_argnums=0, compiler_options=training_options(mesh))
 
 
-def _accumulate(loss: Loss, global_sums: Callable, params: dict, batch: Any, micro_batches: int):
+def _accumulate(loss: Loss, sums_from: Callable, slots: dict, params: dict, batch: Any, micro_batches: int):
     """(gradient of `mean` over all micro-batches, their sums), with one micro-batch's activations at a time."""
     micro = jax.tree.map(lambda x: _split_rows(x, micro_batches), batch)
     zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                             jax.eval_shape(global_sums, params, jax.tree.map(lambda x: x[0], micro)))
+                             jax.eval_shape(sums_from, slots, params, jax.tree.map(lambda x: x[0], micro)))
 
     def add_sums(total, part):
-        return jax.tree.map(jnp.add, total, global_sums(params, part)), None
+        return jax.tree.map(jnp.add, total, sums_from(slots, params, part)), None
 
     bends_in = loss.bends_in(batch)
     if bends_in is None:
@@ -118,11 +125,16 @@ def _accumulate(loss: Loss, global_sums: Callable, params: dict, batch: Any, mic
 
     def add_gradient(carry, part):
         gradient, total = carry
-        sums, pull_back = jax.vjp(lambda p: global_sums(p, part), params)
-        return (jax.tree.map(jnp.add, gradient, pull_back(slopes)[0]), jax.tree.map(jnp.add, total, sums)), None
+        sums, pull_back = jax.vjp(lambda s: sums_from(s, params, part), slots)
+        gradient = jax.tree.map(lambda g, more: g + _to_float32(more), gradient, pull_back(slopes)[0])
+        return (gradient, jax.tree.map(jnp.add, total, sums)), None
 
     (gradient, sums), _ = lax.scan(add_gradient, (jax.tree.map(jnp.zeros_like, params), zero_sums), micro)
     return gradient, sums
+
+
+def _to_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _split_rows(x: jax.Array, micro_batches: int) -> jax.Array:

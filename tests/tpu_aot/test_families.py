@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,12 @@ def bytes_of(tree, itemsize: int) -> int:
     return itemsize * sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def carried(dtype: str, text: str) -> list[str]:
+    """Shapes of the stacks of matrices, of both layers, that loops carry from turn to turn."""
+    loops = re.findall(r"= \((.*)\) while\(", text)
+    return [shape for loop in loops for shape in re.findall(rf"\b{dtype}\[2,(\d+,[\d,]+)\]", loop)]
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("family", MESHES["train"])
 def test_training(family, topology):
@@ -58,8 +66,11 @@ def test_training(family, topology):
     params = abstract_params(FAMILIES[family])
     state = 3 * bytes_of(params, 4) / 4
     assert state <= plan.argument_bytes <= PADDING * state
-    gradients = bytes_of(params, 4) / 4
+    gradients = bytes_of(params, 2) / 4
     assert plan.peak_bytes <= plan.argument_bytes + gradients + GATHERS * bytes_of(params, 2) + ACTIVATIONS
+    float32, bfloat16 = (Counter(carried(dtype, plan.text)) for dtype in ("f32", "bf16"))
+    # The scans forward and back have the weights, that back has the gradients too: nobody keeps a copy of either.
+    assert float32 and float32 == {shape: 2 * bfloat16[shape] for shape in float32}
     rows = plan.collectives or []
     summed = [row for row in rows if row.kind == "all-reduce" and row.bytes > SMALL * row.count]
     assert summed == []

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qwen2_jax.data.packing import PackedBatch, PackedDocuments
@@ -90,6 +91,24 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(dense, packed)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)     # 8 bits of mantissa, averaged over tokens
     assert found["loss"] != expected["loss"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_bfloat16_gradient_loses_nothing_where_it_is_kept(cfg, packed, micro_batches):
+    """Against the gradient with respect to the float32 parameters themselves, whose last operation is the widening."""
+    batch = rows(packed, 16)
+    loss = NextTokenLoss(model=cfg, dtype="bfloat16")
+    before, optimizer = fresh_params(cfg), optax.sgd(1.0)
+    step = make_step(loss, optimizer, optax.constant_schedule(1.0), micro_batches=micro_batches)
+    found, _ = step(init_state(fresh_params(cfg), optimizer), batch)
+    whole = jax.jit(jax.grad(lambda params: loss.mean(loss.sums(params, batch))))(before)
+    for (path, leaf), old, gradient in zip(jax.tree_util.tree_leaves_with_path(found.params), jax.tree.leaves(before),
+                                           jax.tree.leaves(whole), strict=True):
+        if micro_batches == 1:
+            np.testing.assert_array_equal(leaf, old - gradient, err_msg=jax.tree_util.keystr(path))
+        else:   # each half rounds its own sums
+            np.testing.assert_allclose(leaf, old - gradient, atol=0.02 * float(abs(gradient).max()),
+                                       err_msg=jax.tree_util.keystr(path))
 
 
 def test_the_step_is_the_gradient_of_the_mean(dense, packed):
