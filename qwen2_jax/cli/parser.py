@@ -11,7 +11,7 @@ from qwen2_jax.errors import UserError
 
 # Each is a module `qwen2_jax/cli/<name>.py` with `add_parser(subparsers)`, which imports nothing heavy and ends in
 # `parser.set_defaults(run=run)`, and `run(args) -> int`, the exit status.
-COMMANDS = ("info", "convert", "generate", "chat", "plan", "doctor")
+COMMANDS = ("info", "convert", "generate", "chat", "plan", "doctor", "data")
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,10 +43,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
       UserError: an unknown command, flag or value.
     """
-    parser, commands = build_parser()
-    command = next((word for word in argv if not word.startswith("-")), None)
-    known = commands.get(command or "", parser)
-    if command is None or command in commands:      # an unknown command is argparse's to refuse
+    parser, _ = build_parser()
+    known, words = parser, [word for word in argv if not word.startswith("-")]
+    while words and words[0] in _commands(known):
+        known = _commands(known)[words.pop(0)]
+    if not (words and _commands(known)):        # an unknown command is argparse's to refuse
         _check_flags(known, parser, argv)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -79,10 +80,21 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
         importlib.import_module(f"qwen2_jax.cli.{name}").add_parser(commands)
-    for command in commands.choices.values():
+    _add_general_below(parser)
+    return parser, dict(commands.choices)
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, Parser]:
+    """The parsers of a parser's (sub)commands by name; none below the last."""
+    return {name: command for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+            for name, command in action.choices.items()}
+
+
+def _add_general_below(parser: argparse.ArgumentParser) -> None:
+    for command in _commands(parser).values():
         # Suppressed, so that the absence of a flag after the command does not undo its presence before it.
         _add_general(command, default=argparse.SUPPRESS)
-    return parser, dict(commands.choices)
+        _add_general_below(command)
 
 
 def _add_general(parser: argparse.ArgumentParser, *, default) -> None:
