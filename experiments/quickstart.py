@@ -190,7 +190,7 @@ def _train(settings: Settings, folder: Path, corpus: Corpus, tokenizer: Tokenize
     store.close()
     write_model_files(folder / "checkpoints", cfg, beside=folder / "tokenizer")
     trained = read_metrics(folder / "metrics.jsonl")
-    tokens = sum(line["tokens"] for line in trained)
+    tokens = trained[-1]["tokens"]
     report.say("training", f"{tokens:,.0f} tokens in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s, "
                f"last loss {trained[-1]['loss']:.3f} nats a token")
 

@@ -64,14 +64,16 @@ def make_evaluation(loss: NextTokenLoss, documents: Sequence[np.ndarray], *, row
 
 
 class Evaluate(Hook):
-    """Calls `evaluate(params)` after every `every` updates and hands `(step, result)` to `report`."""
+    """Every `every` updates calls `evaluate(params)` and hands `(step, result)` to `report`."""
 
     def __init__(self, evaluate: Callable, report: Callable, *, every: int):
         self.evaluate, self.report, self.every = evaluate, report, every
 
+    def due(self, step):
+        return step % self.every == 0
+
     def after_step(self, step, state):
-        if step % self.every == 0:
-            self.report(step, self.evaluate(state.params))
+        self.report(step, self.evaluate(state.params))
 
 
 def _batches(plan: list[Window], documents: Sequence[np.ndarray], row_length: int,

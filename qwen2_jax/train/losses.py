@@ -37,6 +37,8 @@ class LossSums(NamedTuple):
     """Targets that are the arg-max."""
     count: jax.Array
     """Targets counted."""
+    seen: jax.Array
+    """Tokens that went in: all but padding."""
     router: RouterStats | None
     """Over layers and all real tokens, whether their targets count or not; None for dense models."""
 
@@ -82,7 +84,8 @@ class NextTokenLoss:
             local = LossSums(nll=-jnp.sum(weight_BT * logprob_BT),
                              z=jnp.sum(weight_BT * jnp.square(lse_BT)),
                              correct=jnp.sum(weight_BT * correct_BT.astype(jnp.float32)),
-                             count=jnp.sum(weight_BT), router=None)
+                             count=jnp.sum(weight_BT),
+                             seen=jnp.sum((batch.segments_BT > 0).astype(jnp.float32)), router=None)
         sums = ax.psum(local, BATCH + CONTEXT)
         return sums._replace(router=None if out.router is None else ax.psum(out.router, BATCH))
 
@@ -105,12 +108,15 @@ class NextTokenLoss:
         if self.model.moe is not None:
             zero_E = jnp.zeros((self.model.moe.experts,), jnp.float32)
             router = RouterStats(zero_E, zero_E, zero)
-        return LossSums(zero, zero, zero, jnp.sum(batch.weights_BT.astype(jnp.float32)), router)
+        count = jnp.sum(batch.weights_BT.astype(jnp.float32))
+        return LossSums(nll=zero, z=zero, correct=zero, count=count, seen=zero, router=router)
 
     def metrics(self, sums: LossSums) -> dict[str, jax.Array]:
-        """Means over the step's targets: `nll` (nats), `accuracy`; their number `tokens`; `balance` of a router."""
+        """Means over the step's targets: `nll` (nats), `accuracy`; `targets`, how many; `seen`, how many tokens went
+        in; `balance` of a router."""
         count = jnp.maximum(sums.count, 1)
-        values = {"nll": sums.nll / count, "accuracy": sums.correct / count, "tokens": sums.count}
+        values = {"nll": sums.nll / count, "accuracy": sums.correct / count, "targets": sums.count,
+                  "seen": sums.seen}
         if sums.router is not None:
             values["balance"] = load_balancing_loss(sums.router)
         return values

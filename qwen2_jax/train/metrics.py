@@ -6,9 +6,8 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -28,48 +27,66 @@ class Progress(Hook):
         # In a log each refresh is a line of its own.
         self._bar = tqdm(initial=start, total=stop, desc="training", unit="step", dynamic_ncols=True,
                          mininterval=0.5 if sys.stderr.isatty() else 20)
-        self._tokens = 0.0
-        self._since: float | None = None
+        self._targets = self._seconds = 0.0
+        self._first = True
 
     def on_metrics(self, step, metrics):
-        now = time.perf_counter()
-        if self._since is None:
-            self._since = now       # the first step is mostly compilation, so its tokens do not count
-        else:
-            self._tokens += metrics["tokens"]
-        rate = f"{self._tokens / (now - self._since):,.0f}" if self._tokens else "…"
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {rate} tokens/s", refresh=False)
+        if not self._first:         # the first step is mostly compilation
+            self._targets += metrics["targets"]
+            self._seconds += metrics["time_step"]
+        self._first = False
+        rate = f"{self._targets / self._seconds:,.0f}" if self._targets else "…"
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {metrics['learning_rate']:.1e}, {rate} tokens/s",
+                                  refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self):
         self._bar.close()
 
 
-class MetricsFile(Hook):
-    """One JSON object a line and a step: `step`, `seconds` since the run began or went on, and the step's metrics.
+class Totals(NamedTuple):
+    """What a run has used since its first step."""
 
-    Going on from step `start` drops later lines of an earlier, interrupted run and writes after the rest. NaN and
-    infinities become null, which every JSON reader takes.
+    tokens: int = 0
+    """Targets trained on."""
+    tokens_seen: int = 0
+    """Tokens that went in, whether their targets counted or not; no padding."""
+
+
+NOTHING = Totals()
+
+
+class MetricsFile(Hook):
+    """One JSON object a line and a step, each step once and in order: `step`, the step's numbers, the `Totals` after
+    it, and `mfu`: model FLOPs over what the devices could have done in `time_step`, null without `flops_share`.
+
+    Going on from step `start` (with the `totals` at it), later lines of an earlier run move to
+    `<name>.superseded.jsonl`. NaN and infinities become null, which every JSON reader takes; other floats read back
+    bit-equal. `flops_share`: model FLOPs of a step over the FLOPs a second of all devices' peaks, in seconds.
     """
 
-    def __init__(self, path: str | Path, *, start: int = 0):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, start: int = 0, totals: Totals = NOTHING,
+                 flops_share: float | None = None):
+        self.path, self.totals, self._flops_share = Path(path), totals, flops_share
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if start == 0 or not self.path.exists() else _lines_until(self.path, start)
-            staged = self.path.with_name(self.path.name + ".tmp")
-            staged.write_text("".join(kept), encoding="utf-8")
-            os.replace(staged, self.path)
+            _supersede(self.path, start)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-        self._began = time.perf_counter()
 
     def on_metrics(self, step, metrics):
-        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = {"step": step, "seconds": round(time.perf_counter() - self._began, 3), **numbers}
-        self._file.write(json.dumps(line) + "\n")
+        targets, seen = round(metrics["targets"]), round(metrics["seen"])
+        self.totals = Totals(self.totals.tokens + targets, self.totals.tokens_seen + seen)
+        others = {name: value if math.isfinite(value) else None for name, value in metrics.items()
+                  if name not in ("targets", "seen")}
+        mfu = None if self._flops_share is None else self._flops_share / metrics["time_step"]
+        self._file.write(json.dumps({"step": step, **others, **self.totals._asdict(), "mfu": mfu}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when every line so far is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self):
         self._file.close()
@@ -81,8 +98,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for record in parsed if record is not None]
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    return [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+def _supersede(path: Path, start: int) -> None:
+    """Leaves the lines up to step `start`, as they are; those after it go into the file of superseded ones first, so
+    that a kill between the two repeats them there and loses none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    records = [(line, _parse(line)) for line in lines]
+    kept = [line for line, record in records if record is not None and record["step"] <= start]
+    later = [line for line, record in records if record is not None and record["step"] > start]
+    if later:
+        with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(later)
+            file.flush()
+            os.fsync(file.fileno())
+    if kept != lines:
+        staged = path.with_name(path.name + ".tmp")
+        with staged.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
 
 
 def _parse(line: str) -> dict | None:

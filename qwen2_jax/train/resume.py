@@ -15,15 +15,17 @@ from qwen2_jax.train.step import TrainState
 
 
 class SaveState(Hook):
-    """Saves after every `every` updates and after update `stop`; `position(step)` is what the data needs to go on."""
+    """Saves every `every` updates and after update `stop`; `position(step)` is what the data needs to go on."""
 
     def __init__(self, store: Store, cfg: ModelConfig, position: Callable[[int], Mapping[str, Any]], *, every: int,
                  stop: int):
         self.store, self.cfg, self.position, self.every, self.stop = store, cfg, position, every, stop
 
+    def due(self, step):
+        return step % self.every == 0 or step == self.stop
+
     def after_step(self, step, state):
-        if step % self.every == 0 or step == self.stop:
-            self.store.save(step, stored_state(state, self.cfg), self.position(step), force=True)
+        self.store.save(step, stored_state(state, self.cfg), self.position(step), force=True)
 
     def close(self):
         self.store.wait()

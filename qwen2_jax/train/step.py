@@ -70,8 +70,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
     gradients are summed over devices once a micro-batch. A mixture-of-experts model with an auxiliary loss pays one
     more forward pass for it, because that loss multiplies two sums over the batch.
 
-    Metrics are float32 scalars on device: `loss` (what is minimised), `grad_norm` (before clipping), `lr`, and the
-    loss's own.
+    Metrics are float32 scalars on device: `loss` (what is minimised), `grad_norm` (before clipping), `learning_rate` and
+    the loss's own.
     """
     ax = Axes.of(mesh)
     global_sums = per_device(loss.sums, mesh, (loss.param_specs(mesh), TOKENS_SPEC), REPLICATED)
@@ -102,7 +102,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss.mean(sums), "grad_norm": optax.tree.norm(gradient), "lr": rate(state.step),
+        metrics = {"loss": loss.mean(sums), "grad_norm": optax.tree.norm(gradient), "learning_rate": rate(state.step),
                    **loss.metrics(sums)}
         return TrainState(params, optimizer_state, state.step + 1), metrics
 

@@ -59,7 +59,7 @@ def test_the_summary_is_what_the_files_say(finished, settings):
     assert summary["saved"] == pytest.approx(1 - summary["model_bits_per_byte"] / summary["trigram_bits_per_byte"])
     lines = read_metrics(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert sum(line["tokens"] for line in lines) == summary["train_tokens"]
+    assert lines[-1]["tokens"] == summary["train_tokens"]
 
 
 @pytest.mark.parametrize("folder", ["hf", "checkpoints"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from qwen2_jax.errors import UserError
@@ -9,8 +11,11 @@ from qwen2_jax.train.loop import Hook, fit
 
 
 class Recorder(Hook):
-    def __init__(self, events):
-        self.events = events
+    def __init__(self, events, due=()):
+        self.events, self.steps = events, due
+
+    def due(self, step):
+        return step in self.steps
 
     def after_step(self, step, state):
         self.events.append(("after", step, state))
@@ -45,10 +50,36 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read():
     events = []
     state = fit(0, counting(events), iter([10, 20, 30, 40]), stop=3, hooks=[Recorder(events)])
     assert state == 60
-    assert events == [("dispatch", 10), ("after", 1, 10),
-                      ("dispatch", 20), ("read", 10), ("metrics", 1, 10.0), ("after", 2, 30),
-                      ("dispatch", 30), ("read", 20), ("metrics", 2, 20.0), ("after", 3, 60),
+    assert events == [("dispatch", 10),
+                      ("dispatch", 20), ("read", 10), ("metrics", 1, 10.0),
+                      ("dispatch", 30), ("read", 20), ("metrics", 2, 20.0),
                       ("read", 30), ("metrics", 3, 30.0), "closed"]
+
+
+def test_who_takes_the_state_of_a_step_has_heard_of_it_before():
+    events = []
+    fit(0, counting(events), [10, 20, 30], stop=3, hooks=[Recorder(events, due=[2])])
+    assert events == [("dispatch", 10),
+                      ("dispatch", 20), ("read", 10), ("metrics", 1, 10.0),
+                      ("read", 20), ("metrics", 2, 20.0), ("after", 2, 30),
+                      ("dispatch", 30), ("read", 30), ("metrics", 3, 30.0), "closed"]
+
+
+def test_time_waited_for_data_is_told_apart():
+    def slow():
+        for n in range(2):
+            time.sleep(0.05)
+            yield n
+
+    waited, took = [], []
+
+    class Times(Hook):
+        def on_metrics(self, step, metrics):
+            waited.append(metrics["time_data"])
+            took.append(metrics["time_step"])
+
+    fit(0, counting([]), slow(), stop=2, hooks=[Times()])
+    assert min(waited) >= 0.05 and sum(took) >= sum(waited)
 
 
 def test_one_batch_is_taken_for_each_update():
@@ -60,7 +91,7 @@ def test_one_batch_is_taken_for_each_update():
 def test_steps_are_numbered_from_start():
     events = []
     fit(0, counting(events), range(1, 9), start=4, stop=6, hooks=[Recorder(events)])
-    assert [e[1] for e in events if e[0] == "after"] == [5, 6]
+    assert [e[1] for e in events if e[0] == "metrics"] == [5, 6]
 
 
 def test_nothing_to_do():

@@ -62,7 +62,8 @@ def test_mean_and_metrics(cfg, packed):
     np.testing.assert_allclose(loss.mean(sums), expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["nll"], sums.nll / sums.count, rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy"], sums.correct / sums.count, rtol=1e-6)
-    assert metrics["tokens"] == batch.weights_BT.sum()
+    assert metrics["targets"] == batch.weights_BT.sum()
+    assert metrics["seen"] == (batch.segments_BT > 0).sum()
 
 
 @pytest.mark.parametrize("name", ["ids_BT", "targets_BT"])

@@ -26,7 +26,7 @@ class Losses(Hook):
         self.seen = {}
 
     def on_metrics(self, step, metrics):
-        self.seen[step] = (metrics["loss"], metrics["grad_norm"], metrics["lr"])
+        self.seen[step] = (metrics["loss"], metrics["grad_norm"], metrics["learning_rate"])
 
 
 class Run:
@@ -72,6 +72,9 @@ def test_what_is_saved_is_the_state_of_that_step_although_training_goes_on(dense
     copies = {}
 
     class Copy(Hook):
+        def due(self, step):
+            return True
+
         def after_step(self, step, state):
             copies[step] = jax.tree.map(np.array, state)
 
