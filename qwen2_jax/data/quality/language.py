@@ -1,0 +1,31 @@
+"""Which language a text is in, by py3langid (Lui and Baldwin 2012), whose wheel holds its model."""
+
+from __future__ import annotations
+
+from qwen2_jax.errors import UserError
+
+_MOST_CHARACTERS = 20_000   # of a text that are looked at: enough to be sure, and a book costs no more than an article
+
+
+class LanguageIdentifier:
+    """Names the language of a text. Raises UserError where py3langid is not installed."""
+
+    def __init__(self) -> None:
+        try:
+            from py3langid.langid import MODEL_FILE
+            from py3langid.langid import LanguageIdentifier as Py3langid
+        except ModuleNotFoundError as error:
+            raise UserError('languages are told apart with py3langid, which is not installed: '
+                            'pip install "qwen2_jax[data]"') from error
+        self._identifier = Py3langid.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def __call__(self, text: str) -> tuple[str, float]:
+        """(ISO 639 code, confidence from 0 to 1); `zxx` is text in no language, such as numbers.
+
+        Looks at the first 20,000 characters. Short texts and code get low confidence.
+        """
+        return self._identifier.classify(text[:_MOST_CHARACTERS])
+
+    def languages(self) -> list[str]:
+        """The codes that can be answered."""
+        return sorted(self._identifier.labels)
