@@ -181,11 +181,10 @@ def _train(settings: Settings, folder: Path, corpus: Corpus, tokenizer: Tokenize
 
     store = Store(folder / "checkpoints", keep=1)
     began = time.perf_counter()
-    state = fit(state, make_step(loss, optimizer, schedule(optim)), batches, stop=settings.steps, hooks=[
+    state, _ = fit(state, make_step(loss, optimizer, schedule(optim)), batches, stop=settings.steps, hooks=[
         Progress(start=0, stop=settings.steps), MetricsFile(folder / "metrics.jsonl"),
         Evaluate(evaluation(sample), note, every=max(1, settings.steps // settings.evaluations)),
-        SaveState(store, cfg, lambda step: {"step": step, "seed": settings.seed}, every=settings.steps,
-                  stop=settings.steps)])
+        SaveState(store, cfg, lambda step: {"step": step, "seed": settings.seed}, every=settings.steps)])
     seconds = time.perf_counter() - began
     store.close()
     write_model_files(folder / "checkpoints", cfg, beside=folder / "tokenizer")

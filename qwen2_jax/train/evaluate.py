@@ -69,7 +69,7 @@ class Evaluate(Hook):
     def __init__(self, evaluate: Callable, report: Callable, *, every: int):
         self.evaluate, self.report, self.every = evaluate, report, every
 
-    def due(self, step):
+    def due(self, step, last):
         return step % self.every == 0
 
     def after_step(self, step, state):

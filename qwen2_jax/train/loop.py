@@ -16,8 +16,8 @@ class Hook:
         """The step's numbers on the host, one step late: what the step returned, `time_step` (seconds since the step
         before was done) and `time_data` (seconds that the loop waited for the batch)."""
 
-    def due(self, step: int) -> bool:
-        """Whether `after_step` wants the state after this step."""
+    def due(self, step: int, last: bool) -> bool:
+        """Whether `after_step` wants the state after this step; `last`: no other follows."""
         return False
 
     def after_step(self, step: int, state: Any) -> None:
@@ -28,16 +28,17 @@ class Hook:
         """The loop ended or failed."""
 
 
-def fit(state: Any, step: Callable, batches: Iterable[Any], *, start: int = 0, stop: int,
-        hooks: Sequence[Hook] = ()) -> Any:
-    """Make updates start + 1 to stop, one a batch; return the state.
+def fit(state: Any, step: Callable, batches: Iterable[Any], *, start: int = 0, stop: int, hooks: Sequence[Hook] = (),
+        stopped: Callable[[int], bool] = lambda step: False) -> tuple[Any, int]:
+    """Make updates start + 1 to stop, one a batch, or fewer when `stopped(step)` says after one that it is the last;
+    return the state and the number of its last update.
 
     While the host waits for the numbers of step n, the device is already busy with step n + 1, unless a hook is due at
     step n. Exactly one batch is taken for each update, so the iterator's position belongs to the state that
     `after_step` sees. Raises UserError when the batches end early.
     """
     source = iter(batches)
-    reports = _Reports(hooks)
+    reports, n = _Reports(hooks), start
     try:
         for n in range(start + 1, stop + 1):
             began = time.perf_counter()
@@ -48,15 +49,18 @@ def fit(state: Any, step: Callable, batches: Iterable[Any], *, start: int = 0, s
             state, metrics = step(state, batch)
             reports.give()
             reports.take(n, metrics, waited)
-            if due := [hook for hook in hooks if hook.due(n)]:
+            last = n == stop or stopped(n)
+            if due := [hook for hook in hooks if hook.due(n, last)]:
                 reports.give()
                 for hook in due:
                     hook.after_step(n, state)
+            if last:
+                break
         reports.give()
     finally:
         for hook in hooks:
             hook.close()
-    return state
+    return state, n
 
 
 class _Reports:

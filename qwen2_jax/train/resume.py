@@ -15,17 +15,16 @@ from qwen2_jax.train.step import TrainState
 
 
 class SaveState(Hook):
-    """Saves every `every` updates and after update `stop`; `position(step)` is what the data needs to go on."""
+    """Saves every `every` updates and after the last; `position(step)` is what the data needs to go on."""
 
-    def __init__(self, store: Store, cfg: ModelConfig, position: Callable[[int], Mapping[str, Any]], *, every: int,
-                 stop: int):
-        self.store, self.cfg, self.position, self.every, self.stop = store, cfg, position, every, stop
+    def __init__(self, store: Store, cfg: ModelConfig, position: Callable[[int], Mapping[str, Any]], *, every: int):
+        self.store, self.cfg, self.position, self.every = store, cfg, position, every
 
-    def due(self, step):
-        return step % self.every == 0 or step == self.stop
+    def due(self, step, last):
+        return last or step % self.every == 0
 
     def after_step(self, step, state):
-        self.store.save(step, stored_state(state, self.cfg), self.position(step), force=True)
+        self.store.save(step, stored_state(state, self.cfg), self.position(step))
 
     def close(self):
         self.store.wait()

@@ -70,7 +70,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: optax.S
     gradients are summed over devices once a micro-batch. A mixture-of-experts model with an auxiliary loss pays one
     more forward pass for it, because that loss multiplies two sums over the batch.
 
-    Metrics are float32 scalars on device: `loss` (what is minimised), `grad_norm` (before clipping), `learning_rate` and
+    Metrics, float32 scalars on device: `loss` (what is minimised), `grad_norm` (before clipping), `learning_rate` and
     the loss's own.
     """
     ax = Axes.of(mesh)

@@ -32,7 +32,7 @@ def run(spec: str, folder: Path, what: str) -> Any:
     store, position = Store(folder / "run"), {"rows": 8}
     if what == "save":
         state = jax.tree.map(lambda x: x + 1, state)    # moments that are not zero, without compiling a step
-        SaveState(store, DENSE, lambda step: position, every=1, stop=1).after_step(1, state)
+        SaveState(store, DENSE, lambda step: position, every=1).after_step(1, state)
     else:
         state, position = restore_state(store, DENSE, state)
     store.close()

@@ -14,8 +14,8 @@ class Recorder(Hook):
     def __init__(self, events, due=()):
         self.events, self.steps = events, due
 
-    def due(self, step):
-        return step in self.steps
+    def due(self, step, last):
+        return last if self.steps == "last" else step in self.steps
 
     def after_step(self, step, state):
         self.events.append(("after", step, state))
@@ -49,7 +49,7 @@ def counting(events):
 def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read():
     events = []
     state = fit(0, counting(events), iter([10, 20, 30, 40]), stop=3, hooks=[Recorder(events)])
-    assert state == 60
+    assert state == (60, 3)
     assert events == [("dispatch", 10),
                       ("dispatch", 20), ("read", 10), ("metrics", 1, 10.0),
                       ("dispatch", 30), ("read", 20), ("metrics", 2, 20.0),
@@ -63,6 +63,15 @@ def test_who_takes_the_state_of_a_step_has_heard_of_it_before():
                       ("dispatch", 20), ("read", 10), ("metrics", 1, 10.0),
                       ("read", 20), ("metrics", 2, 20.0), ("after", 2, 30),
                       ("dispatch", 30), ("read", 30), ("metrics", 3, 30.0), "closed"]
+
+
+def test_a_loop_that_is_told_to_stop_ends_as_one_that_is_done():
+    events = []
+    source = iter([10, 20, 30])
+    assert fit(0, counting(events), source, stop=3, hooks=[Recorder(events, due="last")],
+               stopped=lambda step: step == 2) == (30, 2)
+    assert events[-5:] == [("metrics", 1, 10.0), ("read", 20), ("metrics", 2, 20.0), ("after", 2, 30), "closed"]
+    assert next(source) == 30
 
 
 def test_time_waited_for_data_is_told_apart():
@@ -96,7 +105,7 @@ def test_steps_are_numbered_from_start():
 
 def test_nothing_to_do():
     events = []
-    assert fit(7, counting(events), [], start=3, stop=3, hooks=[Recorder(events)]) == 7
+    assert fit(7, counting(events), [], start=3, stop=3, hooks=[Recorder(events)]) == (7, 3)
     assert events == ["closed"]
 
 

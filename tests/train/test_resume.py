@@ -43,19 +43,26 @@ class Run:
     def go(self, start, stop, *hooks):
         losses = Losses()
         batches = (place(self.packed.batch(n, 8, seed=3), self.mesh, BATCH_SPEC) for n in range(start, stop))
-        self.state = fit(self.state, self.step, batches, start=start, stop=stop, hooks=[losses, *hooks])
+        self.state, _ = fit(self.state, self.step, batches, start=start, stop=stop, hooks=[losses, *hooks])
         return losses.seen
 
 
-def save(cfg, store, *, every=100, stop):
-    return SaveState(store, cfg, lambda step: {"step": step}, every=every, stop=stop)
+class Killed(SaveState):
+    """Does not save after the last step: the process never learned that it was."""
+
+    def due(self, step, last):
+        return super().due(step, last=False)
+
+
+def save(cfg, store, *, every=100, kind=SaveState):
+    return kind(store, cfg, lambda step: {"step": step}, every=every)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_killed_and_resumed_is_bit_identical(cfg, packed, tmp_path, stacked):
     whole = Run(cfg, packed, stacked=stacked).go(0, 8)
     store = Store(tmp_path / "run")
-    Run(cfg, packed, stacked=stacked).go(0, 5, save(cfg, store, every=3, stop=100))    # killed after 5, saved after 3
+    Run(cfg, packed, stacked=stacked).go(0, 5, save(cfg, store, every=3, kind=Killed))    # killed after 5, saved after 3
     store.close()
 
     resumed = Run(cfg, packed, stacked=stacked)
@@ -72,7 +79,7 @@ def test_what_is_saved_is_the_state_of_that_step_although_training_goes_on(dense
     copies = {}
 
     class Copy(Hook):
-        def due(self, step):
+        def due(self, step, last):
             return True
 
         def after_step(self, step, state):
@@ -81,7 +88,7 @@ def test_what_is_saved_is_the_state_of_that_step_although_training_goes_on(dense
     store = Store(tmp_path / "run", keep=5)
     run = Run(dense, packed, stacked=True)
     like = Run(dense, packed, stacked=True).state
-    run.go(0, 5, Copy(), save(dense, store, every=1, stop=5))
+    run.go(0, 5, Copy(), save(dense, store, every=1))
     for step in range(1, 6):
         saved, _ = restore_state(store, dense, like, step)
         for found, expected in zip(jax.tree.leaves(saved), jax.tree.leaves(copies[step]), strict=True):
@@ -92,7 +99,7 @@ def test_what_is_saved_is_the_state_of_that_step_although_training_goes_on(dense
 def test_another_layout_and_mesh_go_on_with_it(dense, packed, tmp_path):
     store = Store(tmp_path / "run")
     first = Run(dense, packed, stacked=False)
-    first.go(0, 3, save(dense, store, stop=3))
+    first.go(0, 3, save(dense, store))
     other = Run(dense, packed, stacked=True, mesh="data=4")
     other.state, _ = restore_state(store, dense, other.state)
     store.close()
@@ -107,7 +114,7 @@ def test_restored_on_another_mesh(dense, packed, tmp_path, saved, restored):
     """The same bits, lying as the other mesh has them, whatever the layout."""
     first = Run(dense, packed, stacked=True, mesh=saved)
     store = Store(tmp_path / "run")
-    first.go(0, 1, save(dense, store, stop=1))
+    first.go(0, 1, save(dense, store))
     other = Run(dense, packed, stacked=False, mesh=restored)
     placed = other.state
     other.state, _ = restore_state(store, dense, placed)
@@ -121,7 +128,7 @@ def test_restored_on_another_mesh(dense, packed, tmp_path, saved, restored):
 
 def test_another_model_is_refused(dense, packed, tmp_path):
     store = Store(tmp_path / "run")
-    Run(dense, packed, stacked=True).go(0, 1, save(dense, store, stop=1))
+    Run(dense, packed, stacked=True).go(0, 1, save(dense, store))
     wider = dataclasses.replace(dense, d_ff=32)
     with pytest.raises(UserError, match="mlp/down: the checkpoint has shape"):
         restore_state(store, wider, Run(wider, packed, stacked=True).state)
