@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2_jax.data.packing import PackedBatch, PackedDocuments, fill_rows, plan_rows
+from qwen2_jax.data.packing import PackedBatch, PackedDocuments, Piece, fill_rows, pack_exactly, plan_rows
 from qwen2_jax.errors import UserError
 
 T = 8
@@ -53,6 +53,11 @@ def check_layout(batch: PackedBatch, row_length: int) -> None:
             assert len(set((ids[start:end] // 1000).tolist())) == 1
 
 
+def filled(rows, lengths, row_length: int) -> PackedBatch:
+    documents = documents_of(lengths)
+    return fill_rows([[documents[d][start : start + n + 1] for d, start, n in row] for row in rows], row_length)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
 def test_every_target_comes_once_an_epoch(batch_size):
     packed = PackedDocuments(documents_of(LENGTHS), T)
@@ -69,7 +74,7 @@ def test_every_target_comes_once_an_epoch(batch_size):
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=40), st.integers(1, 20))
 def test_any_lengths(lengths, row_length):
     plan = plan_rows(lengths, row_length)
-    batch = fill_rows(plan, documents_of(lengths), range(len(plan.rows)))
+    batch = filled(plan.rows, lengths, row_length)
     assert pairs_of([batch]) == expected_pairs(lengths)
     check_layout(batch, row_length)
     for row in plan.rows:
@@ -87,6 +92,32 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths):
 def test_a_rest_goes_into_the_fullest_row_that_has_room():
     plan = plan_rows([7, 6, 3, 3], 10)  # 6, 5, 2 and 2 pairs
     assert [[piece.length for piece in row] for row in plan.rows] == [[6, 2, 2], [5]]
+
+
+@given(st.lists(st.integers(2, 70), min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 19))
+def test_packing_exactly_leaves_no_position_free(lengths, row_length, head):
+    """Rows of full length between one that an epoch before has begun and one that the next will end."""
+    pairs = sum(lengths) - len(lengths)
+    head = min(head, row_length - 1, pairs)
+    whole, tail = divmod(pairs - head, row_length)
+    sizes = [size for size in (head, *[row_length] * whole, tail) if size]
+    rows = pack_exactly([Piece(d, 0, n - 1) for d, n in enumerate(lengths)], sizes)
+    assert [sum(piece.length for piece in row) for row in rows] == sizes
+    assert pairs_of([filled(rows, lengths, row_length)]) == expected_pairs(lengths)
+
+
+@given(st.lists(st.integers(2, 9), min_size=30, max_size=60))
+def test_packing_exactly_cuts_few_documents(lengths):
+    """Rows of eight documents and more: what is cut is at most one for each free place that best fit leaves."""
+    pairs = sum(lengths) - len(lengths)
+    rows = pack_exactly([Piece(d, 0, n - 1) for d, n in enumerate(lengths)], [64] * (pairs // 64) + [pairs % 64 or 64])
+    pieces = [piece for row in rows for piece in row]
+    assert len(pieces) - len(lengths) <= len(rows)
+
+
+def test_the_largest_free_places_are_filled_first():
+    rows = pack_exactly([Piece(0, 0, 8), Piece(1, 4, 5), Piece(2, 0, 7)], [10, 10])
+    assert rows == [[Piece(0, 0, 8), Piece(1, 7, 2)], [Piece(2, 0, 7), Piece(1, 4, 3)]]
 
 
 def test_a_batch_is_a_function_of_seed_and_number():
