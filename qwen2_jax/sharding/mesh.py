@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from qwen2_jax.errors import UserError
 from qwen2_jax.sharding.axes import BATCH, CONTEXT, FSDP, MESH_AXES, Axes
 
+log = logging.getLogger("qwen2_jax")
 NAMES = ("data", "fsdp", "expert", "context", "tensor")
 """What a mesh is written with; `fsdp` stands for one mesh axis a torus dimension."""
 BATCH_SPEC = P(BATCH)
@@ -81,9 +83,20 @@ def make_mesh(spec: str | Mesh | None, devices: Sequence[Any] | None = None) -> 
     named = dict(zip(FSDP, sizes.pop("fsdp", ()), strict=False)) | {name: size for name, (size,) in sizes.items()}
     live = _live(named)
     outer, *inner = live.values()
-    grid = np.concatenate([mesh_utils.create_device_mesh((outer // len(slices), *inner), part,
-                                                         allow_split_physical_axes=True) for part in slices])
+    grid = np.concatenate([_along_torus((outer // len(slices), *inner), part, spec) for part in slices])
     return Mesh(grid, tuple(live), axis_types=(AxisType.Auto,) * len(live))
+
+
+def _along_torus(sizes: tuple[int, ...], devices: Sequence[Any], spec: str) -> np.ndarray:
+    """Devices as an array of these sizes, its dimensions along those of their torus where that can be."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except Exception:
+        # It asserts that TPU chips fill a box, which the first 3 of 4 or 7 of 16 do not, and its greedy choice of
+        # dimensions can end with none left, a TypeError (2x7x2 on 14x2). Any order is a right mesh; in this one
+        # neighbours are mostly chips of one host.
+        log.info("mesh '%s' does not lie along the chips' torus: devices are taken in their order", spec)
+        return np.asarray(devices, dtype=object).reshape(sizes)
 
 
 def _slices(devices: Sequence[Any], data: int, spec: str) -> list[list[Any]]:

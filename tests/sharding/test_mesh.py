@@ -64,6 +64,50 @@ def test_fsdp_spread_over_a_torus(size, dimensions, factors):
     assert spread(size, dimensions) == factors
 
 
+class TorusChip(Chip):
+    platform, process_index, slice_index = "tpu", 0, 0
+
+    def __init__(self, number, kind, *coords, core=0):
+        super().__init__(*coords, core=core)
+        self.id, self.device_kind = number, kind
+
+
+TORI = {"v2 2x2": ("TPU v2", (2, 2, 1), 2), "v4 2x2x2": ("TPU v4", (2, 2, 2), 1),
+        "v5e 2x2": ("TPU v5 lite", (2, 2, 1), 1), "v5e 4x4": ("TPU v5 lite", (4, 4, 1), 1),
+        "v5e 16x16": ("TPU v5 lite", (16, 16, 1), 1),
+        "v5p 4x4x4": ("TPU v5", (4, 4, 4), 1), "tpu7x 2x2x2": ("TPU7x", (2, 2, 2), 2)}
+
+
+def torus_chips(kind, dimensions, cores):
+    """In JAX's order: host by host, each a square of 2x2 chips, x first."""
+    X, Y, Z = dimensions
+    places = ((x + i, y + j, z, c) for z in range(Z) for y in range(0, Y, 2) for x in range(0, X, 2)
+              for j in range(2) for i in range(2) for c in range(cores))
+    return [TorusChip(n, kind, x, y, z, core=c) for n, (x, y, z, c) in enumerate(places)]
+
+
+@pytest.mark.parametrize("name", TORI)
+def test_a_mesh_smaller_than_the_machine_takes_its_first_devices(name):
+    """Of any size, whether they fill a box of the torus (which JAX's own layout insists on) or not."""
+    chips = torus_chips(*TORI[name])
+    for size in range(1, min(len(chips), 40) + 1):
+        specs = [f"fsdp={size}", f"tensor={size}"]
+        specs += [f"expert={a},fsdp={b},context={c}" for a in (1, 2, 3) for b in (2, 5, 7) for c in (1, 2, 3)
+                  if a * b * c == size]
+        for spec in specs:
+            mesh = make_mesh(spec, chips)
+            assert sorted(d.id for d in mesh.devices.flat) == list(range(size)), spec
+    assert [d.id for d in make_mesh("data=3", chips).devices] == [0, 1, 2]
+
+
+def test_a_mesh_that_fills_the_torus_still_lies_along_it():
+    """Neighbours along each axis are neighbours in the torus."""
+    mesh = make_mesh("fsdp=4x4", torus_chips(*TORI["v5e 4x4"]))
+    places = np.array([[d.coords[:2] for d in row] for row in mesh.devices])
+    for axis in (0, 1):
+        assert (np.abs(np.diff(places, axis=axis)).sum(-1) == 1).all()
+
+
 class SliceChip(Chip):
     """Of a slice of 2x2 chips."""
     platform, device_kind, process_index = "tpu", "a chip", 0
