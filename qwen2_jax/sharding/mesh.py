@@ -31,7 +31,7 @@ LONGEST = 20
 
 
 def parse_mesh(text: str) -> dict[str, tuple[int, ...]]:
-    """`"fsdp=4x4,tensor=2"` → {"fsdp": (4, 4), "tensor": (2,)}; raises UserError for what is not of that form."""
+    """`"fsdp=4x4,tensor=2"` → {"fsdp": (4, 4), "tensor": (2,)}, "" → {}; UserError for what is not of that form."""
     sizes: dict[str, tuple[int, ...]] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, size = part.partition("=")
@@ -46,6 +46,8 @@ def parse_mesh(text: str) -> dict[str, tuple[int, ...]]:
         if len(factors) > len(FSDP):
             raise UserError(f"mesh axis 'fsdp' has at most {len(FSDP)} dimensions, found '{size}' in '{text}'")
         sizes[name] = tuple(map(int, factors))
+    if text and not sizes:
+        raise UserError(f"mesh '{text[:LONGEST]}' names no axis: write one like data=4 or fsdp=2x2,tensor=2")
     return sizes
 
 

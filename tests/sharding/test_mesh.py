@@ -154,6 +154,8 @@ def test_no_process_is_left_out(monkeypatch):
     ("data=²", "needs a positive whole number, found '²'"),
     ("data=-1", "found '-1'"),
     ("data=2,data=2", "appears twice"),
+    (",", "mesh ',' names no axis: write one like data=4"),
+    (" ", "mesh ' ' names no axis"),
     ("data=9", "needs 9 devices, this machine has 8"),
     ("data=" + 5000 * "9", "needs a positive whole number, found '99999999999999999999' in 'data=9{75}'$"),
 ])
