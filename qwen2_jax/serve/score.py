@@ -11,6 +11,7 @@ from qwen2_jax.data.chatml import END_OF_TEXT
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.serve.programs import Programs
+from qwen2_jax.sharding.axes import CONTEXT
 from qwen2_jax.sharding.mesh import BATCH_SPEC, TOKENS_SPEC
 from qwen2_jax.sharding.processes import check_same, fetch, put, spans_processes
 
@@ -107,8 +108,12 @@ def loglikelihoods(programs: Programs, rows: Sequence[list[int]], starts: Sequen
 
 def _batches(programs: Programs, rows: Sequence[list[int]], long: Sequence[bool], *,
              logit_bytes: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Rows padded to powers of two, longest first: (their numbers, ids [B, T], long [B]). Few shapes to compile."""
-    widths = [max(SHORTEST_ROW, 1 << (len(row) - 1).bit_length()) for row in rows]
+    """Rows padded to powers of two, longest first: (their numbers, ids [B, T], long [B]). Few shapes to compile.
+
+    Where context's devices do not divide such a power, to the next multiple of them.
+    """
+    context = programs.ax.size(CONTEXT)
+    widths = [-(-max(SHORTEST_ROW, 1 << (len(row) - 1).bit_length()) // context) * context for row in rows]
     for width in sorted(set(widths), reverse=True):
         members = [i for i, w in enumerate(widths) if w == width]
         fitting = [n for n in ROWS_A_DEVICE if n * width * logit_bytes <= LOGIT_BYTES] or [1]

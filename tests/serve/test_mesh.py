@@ -70,6 +70,18 @@ def test_weights_split_over_devices(load, kind, mesh):
         assert a == pytest.approx(b, abs=near)
 
 
+def test_scores_where_context_divides_no_power_of_two(load):
+    one, many = load("dense"), load("dense", mesh="context=3")
+    rows = random_prompts(3, 32)
+    expected = one.logits(rows)
+    near = SUM_ORDER * float(np.concatenate(expected).std())
+    for a, b in zip(many.logits(rows), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=near)
+    pairs = [("import", " os"), ("for i", " in x")]
+    for a, b in zip(many.loglikelihood(pairs), one.loglikelihood(pairs), strict=True):
+        assert a == pytest.approx(b, abs=near)
+
+
 def test_weights_that_lie_as_training_has_them_are_moved(load):
     """Training spreads over `expert` what generation wants whole on each device."""
     one, mesh = load("moe"), make_mesh("fsdp=2,expert=2")
