@@ -26,6 +26,9 @@ MOST_SEED = 2**63 - 1
 class TokenSource(Protocol):
     """Documents of token ids, each with its end token at its end, such as `shards.TokenShards`."""
 
+    vocab: int
+    end_token: int
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document."""
@@ -117,7 +120,12 @@ def _check(sources: Mapping[str, TokenSource], row_length: int, batch_size: int,
         raise UserError(f"the seed must be from 0 to 2^63 - 1, found {seed}")
     if not sources:
         raise UserError("nothing to train on: no source is given")
+    first = next(iter(sources))
     for name, source in sources.items():
+        if (source.vocab, source.end_token) != (sources[first].vocab, sources[first].end_token):
+            raise UserError(f"sources {first!r} and {name!r} were prepared with different tokenizers: their vocabularies "
+                            f"have {sources[first].vocab:,} and {source.vocab:,} tokens, the end tokens are "
+                            f"{sources[first].end_token} and {source.end_token}")
         if not (source.lengths > 1).any():
             raise UserError(f"source {name!r} has nothing to train on: none of its {len(source.lengths):,} documents "
                             "has two tokens, its end token included")

@@ -17,29 +17,9 @@ from qwen2_jax.data.mixture import Ramp
 from qwen2_jax.data.packing import PackedBatch
 from qwen2_jax.data.stream import Stream
 from qwen2_jax.errors import UserError
-from tests.data.memory_source import MemorySource, numbered
+from tests.data.streams import MemorySource, T, make_stream, mixed_lengths, numbered, same_bytes
 
-T = 16
 LENGTHS = (1, T - 1, T, T + 1, 10 * T)
-
-
-def mixed_lengths(documents: int, step: int = 1) -> np.ndarray:
-    """Mostly shorter than a row, one in seventeen much longer."""
-    numbers = np.arange(documents) * step
-    return np.where(numbers % 17 == 0, 300, 1 + numbers * numbers * 37 % 31)
-
-
-def make_stream(**changes) -> Stream:
-    sources = {"web": numbered(mixed_lengths(300)), "code": numbered(mixed_lengths(100, 3), first=1000),
-               "books": numbered([5000], first=2000)}
-    arguments = {"row_length": T, "batch_size": 8, "seed": 0,
-                 "weights": {"web": 0.6, "code": 0.3, "books": Ramp(((0, 0.0), (100, 0.2)))}} | changes
-    return Stream(arguments.pop("sources", sources), **arguments)
-
-
-def same_bytes(a: PackedBatch, b: PackedBatch) -> bool:
-    arrays = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(PackedBatch)]
-    return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in arrays)
 
 
 def check_by_hand(batch: PackedBatch, document_lengths: dict[int, int]) -> Counter:
@@ -209,6 +189,14 @@ def test_a_stream_travels_without_its_plans():
 def test_what_cannot_be_used_is_refused(changes, said):
     with pytest.raises(UserError, match=said):
         make_stream(**changes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab", 500), ("end_token", 7)])
+def test_sources_of_different_tokenizers_are_refused(name, value):
+    sources = make_stream().sources
+    setattr(sources["code"], name, value)
+    with pytest.raises(UserError, match=f"'web' and 'code' were prepared with different tokenizers.* {value}"):
+        make_stream(sources=sources)
 
 
 def test_a_document_shorter_than_its_manifest_says_is_named():
