@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from qwen2_jax.errors import UserError
 
 _MOST_CHARACTERS = 20_000   # of a text that are looked at: enough to be sure, and a book costs no more than an article
+
+
+@functools.cache
+def py3langid() -> Any:
+    """py3langid's own identifier, whose model takes a second to read."""
+    try:
+        from py3langid import langid
+    except ImportError as error:
+        raise UserError('languages are told apart with py3langid, which is not installed: '
+                        'pip install "qwen2_jax[data]"') from error
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 class LanguageIdentifier:
     """Names the language of a text. Raises UserError where py3langid is not installed."""
 
     def __init__(self) -> None:
-        try:
-            from py3langid.langid import MODEL_FILE
-            from py3langid.langid import LanguageIdentifier as Py3langid
-        except ModuleNotFoundError as error:
-            raise UserError('languages are told apart with py3langid, which is not installed: '
-                            'pip install "qwen2_jax[data]"') from error
-        self._identifier = Py3langid.from_model_file(MODEL_FILE, norm_probs=True)
+        self._identifier = py3langid()
 
     def __call__(self, text: str) -> tuple[str, float]:
         """(ISO 639 code, confidence from 0 to 1); `zxx` is text in no language, such as numbers.

@@ -36,25 +36,30 @@ class Words:
     symbols: Literal["space", "delete"] = "space"
 
     def __call__(self, text: str) -> list[str]:
+        return self._folded(text).translate(_APART[self.symbols]).split()
+
+    def joined(self, text: str) -> str:
+        """The words with single spaces between them, none added in scripts without spaces; for a tokenizer."""
+        return " ".join(self._folded(text).translate(_TOGETHER[self.symbols]).split())
+
+    def _folded(self, text: str) -> str:
         text = unicodedata.normalize("NFKC", text)
-        if not self.keep_case:
-            # Folding can undo the form that was just made ("ΐ" becomes three code points), hence once more.
-            text = unicodedata.normalize("NFKC", text.casefold())
-        return text.translate(_TABLES[self.symbols]).split()
+        # Folding can undo the form that was just made ("ΐ" becomes three code points), hence once more.
+        return text if self.keep_case else unicodedata.normalize("NFKC", text.casefold())
 
 
 class _Separators(dict[int, str]):
     """What `str.translate` puts for a code point, worked out when it is first met."""
 
-    def __init__(self, symbol: str):
+    def __init__(self, symbol: str, *, apart: bool):
         super().__init__()
-        self.symbol = symbol
+        self.symbol, self.apart = symbol, apart
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
         match unicodedata.category(char)[0]:
             case "L" | "M" | "N":
-                self[code] = f" {char} " if _UNSPACED.match(char) else char
+                self[code] = f" {char} " if self.apart and _UNSPACED.match(char) else char
             case "P" | "S":
                 self[code] = self.symbol
             case _:     # spaces, controls, lone surrogates
@@ -62,4 +67,5 @@ class _Separators(dict[int, str]):
         return self[code]
 
 
-_TABLES = {"space": _Separators(" "), "delete": _Separators("")}
+_APART, _TOGETHER = ({"space": _Separators(" ", apart=apart), "delete": _Separators("", apart=apart)}
+                     for apart in (True, False))

@@ -1,165 +1,102 @@
-"""Contamination planted in text: found at the thresholds, not below; nothing else is touched."""
+"""Decontamination of files: what goes, what is said of it, and of the evaluation sets."""
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
 import random
-from dataclasses import replace
 
-import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2_jax.data.quality.decontaminate import EvaluationTexts
+from qwen2_jax.data import text_source
+from qwen2_jax.data.quality.decontaminate import contamination, decontaminate
+from qwen2_jax.data.quality.evaluation_sets import read_evaluation_sets
 from qwen2_jax.data.quality.rules import OVERLAP_RULES, Overlap
-from qwen2_jax.data.quality.words import Words
-from tests.data.quality.test_lcs import by_table
+from qwen2_jax.data.quality.sift import Sieve
+from qwen2_jax.data.source_files import SourceOptions, find_files
 
-QUESTION = [f"question{i}" for i in range(40)]
-
-
-def own(count: int, salt: str = "own") -> list[str]:
-    return [f"{salt}{i}" for i in range(count)]
+QUESTION = " ".join(f"q{i}" for i in range(30))
+ANSWER = " ".join(f"a{i}" for i in range(20))
 
 
-def found(training: list[str], evaluation: list[str] = QUESTION, rule: str = "qwen2", **changes):
-    texts = EvaluationTexts([" ".join(evaluation)], replace(OVERLAP_RULES[rule], **changes), Words())
-    return texts.find(" ".join(training))[0]
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def test_a_copy_is_found_in_whatever_stands_around_it():
-    hit = found([*own(500), *QUESTION, *own(500, "after")])
-    assert hit is not None
-    assert (hit.evaluation, hit.exact, hit.lcs) == (0, False, 40)
-    assert (hit.training_words, hit.evaluation_words) == (1040, 40)
-    assert hit.shared == " ".join(QUESTION[:13])
+def run(tmp_path, texts, rows, overlap: Overlap = OVERLAP_RULES["qwen2"], **kwargs):
+    evaluation, read = read_evaluation_sets([write(tmp_path / "eval.jsonl", rows)])
+    options = SourceOptions()
+    files = find_files([write(tmp_path / "in.jsonl", [{"text": text} for text in texts])], options)
+    sieve = Sieve(io.BytesIO(), io.StringIO())
+    touched = decontaminate(files, options, sieve, evaluation=evaluation, overlap=overlap, **kwargs)
+    removed = [json.loads(line) for line in sieve.removed_lines.getvalue().splitlines()]
+    kept = [json.loads(line)["text"] for line in sieve.kept_lines.getvalue().splitlines()]
+    return kept, removed, contamination(touched, evaluation, read, overlap)
 
 
-def test_punctuation_case_and_spacing_do_not_hide_a_copy():
-    text = "What is 3+4, if 'x' is 7 and Y is 12? (Answer: it is not known, says the teacher.)"
-    assert EvaluationTexts([text], Overlap(), Words()).find(
-        "WHAT IS 3 + 4\nif x is 7 and y — is 12?? answer it is not known says the teacher")[0] is not None
+def test_planted_contamination(tmp_path):
+    rows = [{"question": "Not in there at all?", "answer": "No."}, {"question": QUESTION, "answer": ANSWER}]
+    phrase = " ".join([*QUESTION.split()[:13], *(f"own{i}" for i in range(60))])
+    copy = f"Before it. {ANSWER.upper()}! And behind."
+    kept, removed, lines = run(tmp_path, ["Clean text.", copy, phrase], rows)
+    assert kept == ["Clean text.", phrase]
+    path, evaluation = str(tmp_path / "in.jsonl"), str(tmp_path / "eval.jsonl")
+    assert removed == [{
+        "file": path, "row": 2, "reason": "overlaps_evaluation_text", "evaluation_file": evaluation,
+        "evaluation_row": 2, "evaluation_key": "answer", "lcs": 20, "words": 24, "evaluation_words": 20,
+        "shared": " ".join(ANSWER.split()[:13])}]
+    assert lines == [f"{evaluation}: 1 of 2 rows share a run of 13 with a document (compared: question, answer)"]
 
 
-@pytest.mark.parametrize(("run", "hit"), [(12, False), (13, True), (14, True)])
-def test_a_shared_run_of_13_words_is_needed(run, hit):
-    """All 40 words are shared, yet no run is longer than `run`."""
-    broken = [*QUESTION[:run], "other", *(word for q in QUESTION[run:] for word in (q, "other"))]
-    assert by_table(broken, QUESTION) == 40
-    assert (found(broken) is not None) is hit
+def test_equal_texts_under_qwen2_math(tmp_path):
+    kept, removed, _ = run(tmp_path, ["What, why?", "What why who?"], [{"question": "what why"}],
+                           OVERLAP_RULES["qwen2_math"])
+    assert kept == ["What why who?"]
+    assert (removed[0]["reason"], removed[0]["shared"]) == ("equals_evaluation_text", "what why")
 
 
-@pytest.mark.parametrize(("kept", "qwen2", "qwen2_math"), [(23, False, False), (24, True, False), (25, True, True)])
-def test_the_share_of_the_shorter_text(kept, qwen2, qwen2_math):
-    """24 of 40 words is 0.6: enough under `qwen2`, under `qwen2_math` it must be more."""
-    near = [*QUESTION[:kept], *own(40 - kept)]
-    assert (found(near) is not None) is qwen2
-    assert (found(near, rule="qwen2_math") is not None) is qwen2_math
+def test_bad_rows_are_told(tmp_path):
+    _, removed, _ = run(tmp_path, ["", "text"], [{"question": QUESTION}], max_bad_rows=1)
+    assert [row["reason"] for row in removed] == ["bad_row"]
 
 
-@pytest.mark.parametrize(("kept", "hit"), [(15, False), (16, True), (17, True)])
-def test_least_lcs(kept, hit):
-    assert (found([*QUESTION[:kept], *own(5)], min_lcs=16) is not None) is hit
+def test_tokens_instead_of_words(tmp_path, trained_folder, trained):
+    """A copy of 6 words that are 13 tokens and more; the first word has others behind a space."""
+    question = "subprocess argparse dataclasses inspection misunderstanding completeness"
+    assert len(question.split()) == 6 and len(trained.encode(question)) >= 13
+    text = f"Look: {question}!"
+    assert run(tmp_path, [text], [{"question": question}])[0] == [text]
+    kept, removed, _ = run(tmp_path, [text], [{"question": question}], tokenizer=trained_folder)
+    assert kept == []
+    assert removed[0]["evaluation_words"] == len(trained.encode(question)) > removed[0]["lcs"] >= 13
+    assert removed[0]["shared"].strip() and removed[0]["shared"].strip() in question
 
 
-def test_what_is_kept_may_be_spread_behind_the_run():
-    spread = [*QUESTION[:13], *own(30), *QUESTION[13:36:2]]
-    assert by_table(spread, QUESTION) == 25
-    assert found(spread).lcs == 25
-    assert found(spread[::-1]) is None      # in another order there is no run
+def test_workers_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_source, "PIECE_BYTES", 20_000)
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices([QUESTION, ANSWER, "some other words"], k=40)) for _ in range(400)]
+    texts = [text if n % 3 else " ".join(generator.choices("abc", k=400)) for n, text in enumerate(texts)]
+    rows = [{"question": QUESTION, "answer": ANSWER}]
+    one = run(tmp_path, texts, rows)
+    assert len(one[0]) == 134 and len(one[1]) == 266
+    assert run(tmp_path, texts, rows, workers=2) == one
 
 
-@pytest.mark.parametrize(("words", "exact"), [(3, True), (12, True), (13, True)])
-def test_an_equal_text_goes_at_any_length_under_qwen2_math(words, exact):
-    hit = found(QUESTION[:words], QUESTION[:words], rule="qwen2_math")
-    assert hit.exact is exact
-    assert hit.shared == " ".join(QUESTION[:words])
-    assert (found(QUESTION[:words], QUESTION[:words]) is not None) is (words == 13)
-    assert found(QUESTION[:words], [*QUESTION[:words], "x"], rule="qwen2_math", min_lcs=100) is None
+words = st.sampled_from("ab").flatmap(lambda letter: st.lists(st.just(letter) | st.sampled_from("abcd"), max_size=12))
 
 
-def test_options_change_the_rule():
-    assert found([*QUESTION[:8], *own(2)], QUESTION[:8], ngram=8, min_lcs=8) is not None
-    long = [*own(1000), *QUESTION]
-    assert found(long, lcs_of="training") is None
-    assert found(long, lcs_of="evaluation") is not None
-    upper = [word.upper() for word in QUESTION]
-    keep_case = EvaluationTexts([" ".join(QUESTION)], Overlap(), Words(keep_case=True))
-    assert keep_case.find(" ".join(upper)) == (None, [])
-
-
-def test_names_the_text_that_shares_most_and_all_that_share():
-    a = [*QUESTION[:20], *own(5, "a")]
-    b = [*QUESTION, *own(5, "b")]
-    texts = EvaluationTexts(map(" ".join, (a, own(40, "c"), b, b)), Overlap(), Words())
-    hit, sharing = texts.find(" ".join(QUESTION))
-    assert (hit.evaluation, sharing) == (2, [0, 2, 3])
-
-
-def test_runs_that_the_rule_does_not_remove_are_told_as_well():
-    texts = EvaluationTexts([" ".join(QUESTION)], Overlap(), Words())
-    assert texts.find(" ".join([*QUESTION[:13], *own(100)])) == (None, [0])
-    assert texts.find(" ".join([*QUESTION[:12], *own(100)])) == (None, [])
-
-
-def by_comparing_everything(training: list[str], evaluation: list[list[str]], rule: Overlap):
-    """Each pair, with sets of runs and the textbook's table."""
-    def runs(words):
-        return {tuple(words[i : i + rule.ngram]) for i in range(len(words) - rule.ngram + 1)}
-
-    sharing = [k for k, words in enumerate(evaluation) if runs(words) & runs(training)]
-    equal = rule.exact and bool(training) and training in evaluation
-    hits = {k for k in sharing
-            if by_table(training, evaluation[k]) >= rule.needed_lcs(len(training), len(evaluation[k]))}
-    return equal, hits, sharing
-
-
-some_words = st.lists(st.sampled_from("abc"), max_size=14)
-
-
-@given(some_words, st.lists(some_words, max_size=4), st.integers(1, 4), st.integers(1, 5), st.booleans(),
-       st.sampled_from(["shorter", "evaluation", "training"]))
-def test_equals_comparing_everything(training, evaluation, ngram, min_lcs, strict, lcs_of):
-    rule = Overlap(ngram=ngram, min_lcs=min_lcs, strict=strict, exact=strict, lcs_of=lcs_of)
-    hit, sharing = EvaluationTexts(map(" ".join, evaluation), rule, Words()).find(" ".join(training))
-    equal, hits, expected = by_comparing_everything(training, evaluation, rule)
-    assert sharing == expected
-    assert (hit is not None) == (equal or bool(hits))
-    if hit is not None:
-        assert hit.exact == equal
-        assert hit.lcs == by_table(training, evaluation[hit.evaluation])
-        assert equal or hit.evaluation in hits
-
-
-def test_other_text_is_left_alone():
-    generator = random.Random(5)
-    vocabulary = own(300)
-    evaluation = [" ".join(generator.choices(vocabulary, k=60)) for _ in range(200)]
-    texts = EvaluationTexts(evaluation, OVERLAP_RULES["qwen2_math"], Words())
-    for _ in range(200):
-        assert texts.find(" ".join(generator.choices(vocabulary, k=300))) == (None, [])
-
-
-def test_nothing_to_find():
-    for texts in ([], [""], ["too short"]):
-        assert EvaluationTexts(texts, Overlap(), Words()).find(" ".join(QUESTION)) == (None, [])
-    assert EvaluationTexts([" ".join(QUESTION)], Overlap(), Words()).find("") == (None, [])
-
-
-def rows(path):
-    return map(json.loads, gzip.open(path, "rt", encoding="utf-8"))
-
-
-def test_gsm8k(shared):
-    """GSM8K's training set has five near copies of test problems, by both rules; the test set is found in itself."""
-    data = shared / "data"
-    test = [row[key] for row in rows(data / "eval" / "gsm8k_test.jsonl.gz") for key in ("question", "answer")]
-    training = [f"{row['question']}\n{row['answer']}" for row in rows(data / "train" / "gsm8k_train.jsonl.gz")]
-    for rule in OVERLAP_RULES.values():
-        texts = EvaluationTexts(test, rule, Words())
-        removed = [text for text in training if texts.find(text)[0]]
-        assert len(removed) == 5
-        assert sum("stamps at the post office" in text for text in removed) == 1
-        copies = [texts.find(text)[0] for text in test if len(Words()(text)) >= 13]
-        assert all(hit and hit.lcs == hit.training_words for hit in copies)
+@settings(max_examples=30)
+@given(st.lists(words.map(" ".join).filter(bool), max_size=5), st.lists(words.map(" ".join).filter(bool), min_size=1,
+                                                                        max_size=3))
+def test_removing_twice_removes_nothing_more(tmp_path_factory, texts, questions):
+    folder = tmp_path_factory.mktemp("twice")
+    rule = Overlap(ngram=3, min_lcs=3)
+    rows = [{"question": question} for question in questions]
+    kept, removed, _ = run(folder, texts, rows, rule)
+    assert len(kept) + len(removed) == len(texts)
+    assert run(folder, kept, rows, rule)[:2] == (kept, [])
+    others = [text.translate(str.maketrans("abcd", "wxyz")) for text in texts]
+    assert run(folder, others, rows, rule)[:2] == (others, [])      # nothing in common: nothing changes

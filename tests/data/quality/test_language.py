@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qwen2_jax.data.quality.language import LanguageIdentifier
+from qwen2_jax.data.quality.language import LanguageIdentifier, py3langid
 from qwen2_jax.errors import UserError
 
 # Codes of the Universal Declaration's translations → ISO 639.
@@ -53,6 +53,7 @@ def test_real_translations(identify, shared):
 
 
 def test_py3langid_missing_is_said_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    py3langid.cache_clear()
+    monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(UserError, match=r"py3langid.*pip install \"qwen2_jax\[data\]\""):
         LanguageIdentifier()

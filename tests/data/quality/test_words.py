@@ -29,6 +29,11 @@ def test_words(text, words):
 
 def test_symbols_may_leave_nothing_behind():
     assert Words(symbols="delete")("3+4=7, don't") == ["347", "dont"]
+    assert Words(symbols="delete").joined("3+4=7, don't") == "347 dont"
+
+
+def test_joined_words_leave_scripts_without_spaces_together():
+    assert Words().joined("今天,天气\n 好 (OK!)") == "今天 天气 好 ok"
 
 
 def test_case_may_count():
