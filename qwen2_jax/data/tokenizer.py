@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -67,6 +68,12 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """Jinja source of the default chat template; `chat_templates` has all by name."""
         return self.chat_templates.get("default")
+
+    @cached_property
+    def rules(self) -> Mapping[str, Any]:
+        """How texts become tokens: what `tokenizer.json` says, without the vocabulary and its merges."""
+        rules = json.loads(self._pipeline.to_str())
+        return rules | {"model": {k: v for k, v in rules["model"].items() if k not in ("vocab", "merges")}}
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact text in the vocabulary, None when there is no such token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -74,6 +75,19 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(
         pipeline=pipeline, source=source, special_tokens=special, chat_templates=_chat_templates(folder, config)
     )
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Hex SHA-256 of the files that make tokens of texts: of `tokenizer.json`, or of `vocab.json`, `merges.txt` and
+    the added tokens one after the other, or of `tokenizer.model`. Templates and names of tokens change nothing."""
+    choices = (("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"), ("tokenizer.model",))
+    found = ([folder / name for name in names if (folder / name).is_file()] for names in choices)
+    files = next(filter(None, found))
+    digest = hashlib.sha256(b"".join(map(_read_bytes, files)))
+    if files[0].name == "vocab.json":
+        added = _optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        digest.update(json.dumps(added, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _parse_pipeline(text: str, source: Path) -> tokenizers.Tokenizer:
@@ -226,11 +240,16 @@ def _parse_object(text: str, file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_text(file: Path) -> str:
+def _read_bytes(file: Path) -> bytes:
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return _read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: byte {error.start} is wrong") from None
 
