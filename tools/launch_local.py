@@ -4,13 +4,15 @@
 
 Each process gets the variables that `qwen2_jax.sharding.distributed.start` reads, and host devices of its own. Lines of
 output are prefixed with the process's number. When a process fails, the others are stopped, and the exit status and the
-message are the failed one's.
+message are the failed one's. When the launcher is interrupted or terminated, all are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -23,35 +25,37 @@ from qwen2_jax.sharding.roll_call import COORDINATOR, PROCESS, PROCESSES
 
 GRACE = 5.0
 """Seconds between asking the others to end and ending them."""
+INTERRUPTED = 130
 
 
 def launch(command: list[str], processes: int, devices: int) -> int:
     """Exit status: 0 when all end with 0, otherwise the first failure's (128 + n for signal n)."""
     address = f"127.0.0.1:{free_port()}"
-    children: list[subprocess.Popen] = []
-    for number in range(processes):
-        children.append(start(command, number, processes, devices, address))
-    return watch(children, "launch_local: process")
+    return watch(lambda number: start(command, number, processes, devices, address), processes, "launch_local: process")
 
 
-def watch(children: list[subprocess.Popen], who: str, stop_all: Callable[[], None] = lambda: None) -> int:
-    """Pass on what the children print until all are done, or one fails and the others are stopped.
+def watch(start_one: Callable[[int], subprocess.Popen], count: int, who: str,
+          stop_all: Callable[[], None] = lambda: None) -> int:
+    """Pass on what `count` children print until all are done, or one fails and the others are stopped.
 
-    `who`: what a child is called in messages, in front of its number. `stop_all`: called before the children are
-    stopped, when not all of them ended well. Exit status as in `launch`.
+    `start_one`: starts the child of a number, in a session of its own. `who`: what a child is called in messages, in
+    front of its number. `stop_all`: called before the children are stopped, when not all of them ended well. Exit
+    status as in `launch`; 130 where the launcher is interrupted.
     """
-    readers = [threading.Thread(target=pass_on, args=(number, child), daemon=True)
-               for number, child in enumerate(children)]
-    for reader in readers:
-        reader.start()
+    children: list[subprocess.Popen] = []
+    readers: list[threading.Thread] = []
     try:
+        for number in range(count):
+            children.append(start_one(number))
+            readers.append(threading.Thread(target=pass_on, args=(number, children[-1]), daemon=True))
+            readers[-1].start()
         failed = first_failure(children)
         if failed is not None:
             stop_all()
     except KeyboardInterrupt:
         print(f"{who.partition(':')[0]}: stopping all", file=sys.stderr)
         stop_all()
-        return 130
+        return INTERRUPTED
     finally:
         stop(children)
         for reader in readers:
@@ -88,30 +92,44 @@ def pass_on(number: int, child: subprocess.Popen) -> None:
 
 def first_failure(children: list[subprocess.Popen]) -> int | None:
     """The number of the process that failed first, None when all are done."""
-    while True:
-        statuses = [child.poll() for child in children]
-        for number, status in enumerate(statuses):
-            if status:
-                return number
-        if all(status == 0 for status in statuses):
-            return None
-        time.sleep(0.05)
+    ended: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
+    # One thread waits for each, so that they are heard of in the order in which they end: the first is the cause, and
+    # what the others say of it may come a moment later.
+    for number, child in enumerate(children):
+        threading.Thread(target=lambda n=number, c=child: ended.put((n, _fails(c))), daemon=True).start()
+    return next((number for number, failed in (ended.get() for _ in children) if failed), None)
+
+
+def _fails(child: subprocess.Popen) -> bool:
+    """Waits for its end. The system keeps its number, where it can: its group is still to be stopped, and nobody else
+    must get that number before."""
+    if not hasattr(os, "waitid"):       # macOS
+        return child.wait() != 0
+    try:
+        end = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:       # stopped and taken note of by `stop`
+        return False
+    return end is not None and (end.si_code != os.CLD_EXITED or end.si_status != 0)
 
 
 def stop(children: list[subprocess.Popen]) -> None:
-    for send in (signal.SIGTERM, signal.SIGKILL):
-        running = [child for child in children if child.poll() is None]
-        for child in running:
-            try:
-                os.killpg(child.pid, send)
-            except ProcessLookupError:
-                pass
-        deadline = time.monotonic() + GRACE
-        for child in running:
-            try:
-                child.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
+    """End each child and what it started, also where the child itself has ended."""
+    for send, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1.0)):
+        children = [child for child in children if _reaches(child, send)]
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(KeyboardInterrupt):        # interrupted again: no more patience
+            while children and time.monotonic() < deadline:
+                children = [child for child in children if child.poll() is None or _reaches(child, 0)]
+                time.sleep(0.02)
+
+
+def _reaches(child: subprocess.Popen, number: int) -> bool:
+    """Send a signal to the child's group; whether anybody is left in it."""
+    try:
+        os.killpg(child.pid, number)
+    except (ProcessLookupError, PermissionError):       # macOS says the second of a group of one that has ended
+        return False
+    return True
 
 
 def main() -> None:
@@ -126,8 +144,13 @@ def main() -> None:
     for name in ("processes", "devices"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)       # stops all, as Ctrl-C does
     try:
         sys.exit(launch(command, args.processes, args.devices))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except OSError as error:
         parser.error(f"cannot start {command[0]}: {error.strerror}")
 

@@ -98,7 +98,7 @@ def run(pod: Pod, command: list[str]) -> int:
     each = len(addresses) // pod.slices
     starts = [pod.start(command, number, worker, number * each + worker, len(addresses), addresses[0])
               for number in range(pod.slices) for worker in range(each)]
-    return watch([_start(start) for start in starts], "launch_pod: worker", lambda: stop(pod))
+    return watch(lambda number: _start(starts[number]), len(starts), "launch_pod: worker", lambda: stop(pod))
 
 
 def _start(command: list[str]) -> subprocess.Popen:

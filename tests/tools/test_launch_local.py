@@ -50,8 +50,35 @@ def test_one_that_is_killed_stops_the_others_and_what_they_started(tmp_path):
     done = launch("-n", "3", script=script)
     assert done.returncode == 128 + 9
     assert "process 2 was killed by SIGKILL; the others were stopped" in done.stderr
-    pids = [int((tmp_path / str(n)).read_text()) for n in (0, 1)]
+    pids = [int((tmp_path / str(n)).read_text()) for n in range(3)]
     assert not any(map(alive, pids))
+
+
+def test_the_one_that_died_first_is_named(tmp_path):
+    """Process 0 fails because process 1 has died, within a millisecond of it."""
+    script = (f"import os, pathlib, signal; pid = pathlib.Path(r'{tmp_path}/pid')\n"
+              "if os.environ['QWEN2_JAX_PROCESS'] == '1':\n"
+              "    pid.with_name('new').write_text(str(os.getpid())); pid.with_name('new').rename(pid)\n"
+              "    os.kill(os.getpid(), signal.SIGKILL)\n"
+              "while not pid.exists(): pass\n"
+              "while pathlib.Path(f'/proc/{pid.read_text()}/stat').read_text().rpartition(')')[2].split()[0] != 'Z': pass\n"
+              "os._exit(3)")
+    done = launch("-n", "2", script=script)
+    assert (done.returncode, done.stderr) == (
+        128 + 9, "launch_local: process 1 was killed by SIGKILL; the others were stopped\n")
+
+
+def test_a_terminated_launcher_leaves_nothing(tmp_path):
+    script = (f"import os, subprocess, time; child = subprocess.Popen(['sleep', '50'])\n"
+              f"name = r'{tmp_path}/' + os.environ['QWEN2_JAX_PROCESS']; open(name + 'new', 'w').write(str(child.pid))\n"
+              "os.rename(name + 'new', name); time.sleep(50)")
+    launcher = subprocess.Popen([sys.executable, "-m", "tools.launch_local", "-n", "2", "--", sys.executable, "-c",
+                                 script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("[01]"))) < 2:
+        time.sleep(0.02)
+    launcher.terminate()
+    assert launcher.communicate(timeout=20)[1] == "launch_local: stopping all\n" and launcher.returncode == 130
+    assert not any(alive(int((tmp_path / n).read_text())) for n in "01")
 
 
 def test_wrong_use():
