@@ -61,7 +61,8 @@ def test_the_one_that_died_first_is_named(tmp_path):
               "    pid.with_name('new').write_text(str(os.getpid())); pid.with_name('new').rename(pid)\n"
               "    os.kill(os.getpid(), signal.SIGKILL)\n"
               "while not pid.exists(): pass\n"
-              "while pathlib.Path(f'/proc/{pid.read_text()}/stat').read_text().rpartition(')')[2].split()[0] != 'Z': pass\n"
+              "stat = pathlib.Path(f'/proc/{pid.read_text()}/stat')\n"
+              "while stat.read_text().rpartition(')')[2].split()[0] != 'Z': pass\n"
               "os._exit(3)")
     done = launch("-n", "2", script=script)
     assert (done.returncode, done.stderr) == (
@@ -70,8 +71,8 @@ def test_the_one_that_died_first_is_named(tmp_path):
 
 def test_a_terminated_launcher_leaves_nothing(tmp_path):
     script = (f"import os, subprocess, time; child = subprocess.Popen(['sleep', '50'])\n"
-              f"name = r'{tmp_path}/' + os.environ['QWEN2_JAX_PROCESS']; open(name + 'new', 'w').write(str(child.pid))\n"
-              "os.rename(name + 'new', name); time.sleep(50)")
+              f"name = r'{tmp_path}/' + os.environ['QWEN2_JAX_PROCESS']\n"
+              "open(name + 'new', 'w').write(str(child.pid)); os.rename(name + 'new', name); time.sleep(50)")
     launcher = subprocess.Popen([sys.executable, "-m", "tools.launch_local", "-n", "2", "--", sys.executable, "-c",
                                  script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while len(list(tmp_path.glob("[01]"))) < 2:
