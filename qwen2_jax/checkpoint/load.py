@@ -44,6 +44,7 @@ def load_params(src: str | Path | Checkpoint, cfg: ModelConfig | None = None, *,
     check_choice("dtype", dtype, tuple(DTYPES))
     check_quant(quant)
     checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(src)
+    checkpoint.refuse_damage(share=(jax.process_index(), jax.process_count()))
     cfg = cfg or checkpoint.cfg
     shapes = param_shapes(cfg, stacked=stacked)
     if param_shapes(cfg) != param_shapes(checkpoint.cfg):

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2_jax.checkpoint import files, hf_config, names
+from qwen2_jax.checkpoint.digests import has_record
 from qwen2_jax.checkpoint.hf import HfReader
 from qwen2_jax.checkpoint.hub import local_path
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.pieces import Reader
+from qwen2_jax.checkpoint.step_folders import check_whole, newest_step
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.shapes import param_shapes
@@ -22,13 +24,21 @@ PARAMS = "params"
 class Checkpoint:
     """An opened checkpoint whose tensors are those of its configuration, in name and shape.
 
-    `folder` holds config.json and the tokenizer's files; `slots` are places in the stacked tree.
+    `folder` holds config.json and the tokenizer's files; `slots` are places in the stacked tree; `step` is the folder
+    of a training step whose files have digests.
     """
 
     folder: Path
     cfg: ModelConfig
     slots: list[Slot]
     reader: Reader
+    step: Path | None = None
+
+    def refuse_damage(self, *, share: tuple[int, int] = (0, 1)) -> None:
+        """Reads a training step's parameters and raises DamagedCheckpoint when they are not what was written; of n
+        processes, number i reads the share (i, n). Other checkpoints have no digests."""
+        if self.step is not None:
+            check_whole(self.step, (PARAMS,), share=share)
 
 
 def open_checkpoint(src: str | Path, *, revision: str | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
@@ -55,7 +65,7 @@ def open_checkpoint(src: str | Path, *, revision: str | None = None, ignore: Seq
     cfg = hf_config.read_config(folder, ignore=ignore)
     reader = TreeReader(tree)
     reader.check(param_shapes(cfg))
-    return Checkpoint(folder, cfg, names.slots(cfg), reader)
+    return Checkpoint(folder, cfg, names.slots(cfg), reader, tree.parent if has_record(tree.parent) else None)
 
 
 def _tree_folder(path: Path) -> Path | None:
@@ -68,8 +78,8 @@ def _tree_folder(path: Path) -> Path | None:
         return path
     if (path / PARAMS).is_dir():
         return path / PARAMS
-    steps = [step for step in path.iterdir() if step.name.isdecimal() and (step / PARAMS).is_dir()]
-    return max(steps, key=lambda step: int(step.name)) / PARAMS if steps else None
+    step = newest_step(path)
+    return None if step is None else path / str(step) / PARAMS
 
 
 def _config_folder(folder: Path, *, up: int) -> Path:

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from qwen2_jax.errors import UserError
 
@@ -54,21 +55,24 @@ def staged(dst: Path, *, needed: int = 0) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming_disk_errors(dst: Path) -> Iterator[None]:
-    """Turns the system's refusals while `dst` is written into UserErrors, whichever library reports them."""
+def naming_disk_errors(dst: Any, *, needed: int = 0) -> Iterator[None]:
+    """Turns the system's refusals while `dst` is written into UserErrors, whichever library reports them; `needed`
+    bytes are then named beside those that are free."""
     try:
         yield
     except OSError as e:
-        raise _disk_error(e.errno, e.strerror or str(e), dst) from e
+        raise _disk_error(e.errno, e.strerror or str(e), dst, needed) from e
     except (ValueError, RuntimeError) as e:  # TensorStore reports the system's errors as text
-        for code in (*_FULL, errno.EACCES, errno.EROFS, errno.EIO):
+        for code in (*_FULL, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO):
             if os.strerror(code) in str(e):
-                raise _disk_error(code, os.strerror(code), dst) from e
+                raise _disk_error(code, os.strerror(code), dst, needed) from e
         raise
 
 
-def _disk_error(code: int | None, text: str, dst: Path) -> UserError:
+def _disk_error(code: int | None, text: str, dst: Any, needed: int = 0) -> UserError:
     if code in _FULL:
+        if needed and isinstance(dst, Path):
+            text += f"; {needed:,} bytes are needed, {shutil.disk_usage(dst.parent).free:,} are free now"
         return UserError(f"no space left on the disk of {dst}: free some or choose another destination ({text})")
     return UserError(f"cannot write {dst}: {text}")
 

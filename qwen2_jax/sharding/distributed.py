@@ -84,11 +84,12 @@ def count() -> int:
     return global_state.num_processes or 1
 
 
-def exchange(subject: str, mine: Any, *, seconds: float) -> list[Any]:
+def exchange(subject: str, mine: Any, *, seconds: float, forget: bool = False) -> list[Any]:
     """Every process's `mine` (JSON), in the order of their numbers, on all of them; [mine] for one process.
 
     Goes by the coordinator, over the network of the hosts: no device is touched, so it also works where those do not.
-    Each `subject` can be exchanged once. Raises UserError naming the process that said nothing for `seconds`.
+    Each `subject` can be exchanged once; with `forget` the coordinator does not keep what was said, for exchanges that
+    go on as long as the program does. Raises UserError naming the process that said nothing for `seconds`.
     """
     client = global_state.client
     if client is None:
@@ -102,4 +103,11 @@ def exchange(subject: str, mine: Any, *, seconds: float) -> list[Any]:
             raise UserError(f"process {number} said nothing about its {subject} for {seconds:.0f} seconds: it hangs, "
                             "or has died") from e
         found.append(json.loads(text))
+    if forget:
+        try:
+            client.wait_at_barrier(f"qwen2_jax/{subject}/heard", int(seconds * 1000))
+        except jax.errors.JaxRuntimeError as e:
+            raise UserError(f"a process did not hear the others' {subject} within {seconds:.0f} seconds: it hangs, or "
+                            "has died") from e
+        client.key_value_delete(f"qwen2_jax/{subject}/{global_state.process_id}")
     return found

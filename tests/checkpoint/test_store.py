@@ -78,18 +78,17 @@ def test_saving_does_not_wait_for_the_disk_and_survives_donation(tmp_path):
     assert equal(restored, expected)
 
 
-def test_keeps_the_newest_and_passes_over_the_steps_between(tmp_path):
-    store = Store(tmp_path, keep=2, every=10)
-    states = [{"params": {"w": jnp.full(4, float(step))}} for step in range(35)]
-    saved = [step for step in range(35) if store.save(step, states[step], {"step": step})]
-    assert saved == [0, 10, 20, 30]
-    assert store.save(34, states[34], {"step": 34}, force=True)
+def test_keeps_the_newest_and_the_first(tmp_path):
+    store = Store(tmp_path, keep=2)
+    states = {step: {"params": {"w": jnp.full(4, float(step))}} for step in (0, 10, 20, 30, 34)}
+    for step, state in states.items():
+        assert store.save(step, state, {"step": step})
     store.wait()
     target = like(states[0], mesh_of(1))
     assert store.restore(target)[1] == {"step": 34}
     restored, position = store.restore(target, step=30)
     assert restored["params"]["w"][0] == 30 and position == {"step": 30}
-    with pytest.raises(UserError, match="no checkpoint of step 20; it has 30, 34"):
+    with pytest.raises(UserError, match="no checkpoint of step 20; it has 0, 30, 34"):
         store.restore(target, step=20)
     store.close()
 
@@ -155,10 +154,17 @@ def test_what_a_device_of_another_mesh_wants_is_read_without_the_rest(tmp_path):
     assert chunk[0] == 1 and 2**18 < 4 * math.prod(chunk) <= 2**20
 
 
-def test_a_full_disk_is_named(small_disk):
+def test_a_full_disk_is_named_and_leaves_the_last_step(small_disk, capfd):
     store = Store(small_disk / "run")
-    state = {"params": {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}}
-    with pytest.raises(UserError, match=r"no space left on the disk of .*run"):
-        store.save(0, state, {})
+    small = {"params": {"w": jnp.arange(100.0)}}
+    store.save(0, small, {})
+    store.save(1, {"params": {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}}, {})
+    with pytest.raises(UserError, match=r"no space left on the disk of .*run/1: .*4,194,304 bytes are needed, [1-9,]+"):
         store.wait()
-    assert store.latest_step() is None
+    assert [p.name for p in store.path.iterdir()] == ["0"] and store.newest_good() == store.latest_step() == 0
+    store.check()       # told once
+    assert store.save(1, small, {"again": True})    # there is room for this one
+    store.close()
+    again = Store(small_disk / "run", read_only=True)
+    assert again.steps() == [0, 1] and again.restore({})[1] == {"again": True}
+    assert "Traceback" not in capfd.readouterr().err
