@@ -9,11 +9,13 @@ Domain-Specific Supercomputer for Training Deep Neural Networks" (496 Gbit/s); t
 over six links, and six times a link between the two halves of a chip; between the cores of v2 and v3, for which no
 figure is published, their HBM's. Usable HBM: what libtpu 0.0.42 says when a program does not fit. Clock: the rate at
 which `estimated_cycles` of libtpu 0.0.42 reproduce peak; calibrated means that a dense layer's products then come to
-95 to 98 % of it.
+95 to 98 % of it. Largest slice: Google Cloud's page of each generation; a pod, but on v5p, whose pod has 8,960 chips,
+the largest job.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 CALIBRATED_LIBTPU = "0.0.42"
@@ -49,6 +51,13 @@ class Chip:
     """A dimension of the torus closes into a ring where its size is a multiple of this; elsewhere it is a line."""
     whole_cubes: bool = False
     """Rings need every dimension of the slice to be a multiple of `wraps_at`."""
+    most_chips: int
+    """Of one slice."""
+
+    @property
+    def longest(self) -> int:
+        """Most chips along one dimension: a flat pod is a square, others are joined from cubes in any shape."""
+        return math.isqrt(self.most_chips) if self.dimensions == 2 else self.most_chips
 
     def wraps(self, size: int, dimensions: tuple[int, ...]) -> bool:
         """Whether a dimension of that many chips is a ring in a slice of these dimensions."""
@@ -60,19 +69,19 @@ class Chip:
 CHIPS = {chip.name: chip for chip in (
     Chip(name="v2", flops=23e12, hbm_bytes=int(7.48 * GIB), hbm_bandwidth=350e9, link_bandwidth=62e9,
          core_bandwidth=350e9, clock=0.71e9, calibrated=False, devices_per_chip=2, dimensions=2, named_by_cores=2,
-         wraps_at=16),
+         wraps_at=16, most_chips=256),
     Chip(name="v3", flops=61.5e12, hbm_bytes=int(15.48 * GIB), hbm_bandwidth=450e9, link_bandwidth=100e9,
          core_bandwidth=450e9, clock=0.98e9, calibrated=False, devices_per_chip=2, dimensions=2, named_by_cores=2,
-         wraps_at=32),
+         wraps_at=32, most_chips=1024),
     Chip(name="v4", flops=275e12, hbm_bytes=int(30.75 * GIB), hbm_bandwidth=1200e9, link_bandwidth=45e9,
-         clock=1.14e9, calibrated=False, named_by_cores=2, wraps_at=4, whole_cubes=True),
+         clock=1.14e9, calibrated=False, named_by_cores=2, wraps_at=4, whole_cubes=True, most_chips=4096),
     Chip(name="v5e", flops=197e12, hbm_bytes=int(15.75 * GIB), hbm_bandwidth=819e9, link_bandwidth=45e9, clock=1.5e9,
-         calibrated=True, dimensions=2, wraps_at=16),
+         calibrated=True, dimensions=2, wraps_at=16, most_chips=256),
     Chip(name="v5p", flops=459e12, hbm_bytes=int(95.74 * GIB), hbm_bandwidth=2765e9, link_bandwidth=90e9,
-         clock=1.75e9, calibrated=True, named_by_cores=2, wraps_at=4, whole_cubes=True),
+         clock=1.75e9, calibrated=True, named_by_cores=2, wraps_at=4, whole_cubes=True, most_chips=6144),
     Chip(name="v6e", flops=918e12, hbm_bytes=int(31.25 * GIB), hbm_bandwidth=1638e9, link_bandwidth=90e9,
-         clock=1.75e9, calibrated=True, dimensions=2, wraps_at=16),
+         clock=1.75e9, calibrated=True, dimensions=2, wraps_at=16, most_chips=256),
     Chip(name="tpu7x", flops=1153.5e12, hbm_bytes=int(94.75 * GIB), hbm_bandwidth=3690e9, link_bandwidth=100e9,
          core_bandwidth=600e9, clock=2.31e9, calibrated=False, devices_per_chip=2, named_by_cores=2, wraps_at=4,
-         whole_cubes=True),
+         whole_cubes=True, most_chips=9216),
 )}

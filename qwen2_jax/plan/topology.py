@@ -35,6 +35,8 @@ WITHOUT_A_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
 }
 """Environment in which libtpu compiles on a machine without a TPU."""
+LONGEST = 40
+"""Letters of what was written that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +78,34 @@ def parse_topology(text: str) -> Topology:
     generation, colon, grid = word.partition(":")
     generation = ALIASES.get(generation, generation)
     if colon:
-        if generation in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", grid):
-            return _of_rank(CHIPS[generation], tuple(map(int, grid.split("x"))), text)
+        if generation in CHIPS and re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", grid):
+            return _of_shape(CHIPS[generation], tuple(map(int, grid.split("x"))), text)
     else:
         generation, _, number = word.rpartition("-")
         generation = ALIASES.get(generation, generation)
-        if generation in CHIPS and number.isdecimal():
-            return _named(CHIPS[generation], int(number), text)
+        if generation in CHIPS and re.fullmatch(r"[1-9][0-9]{0,8}", number):
+            return _named(CHIPS[generation], number, text)
     known = [name for t in slices() for name in (str(t), str(t.slice_name))]
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}" if near else f"generations are {', '.join(CHIPS)}"
-    raise UserError(f"topology '{text}' is neither like v5p:2x2x4 nor a slice's name like v5p-32; {hint}")
+    raise UserError(f"topology '{text[:LONGEST]}' is neither like v5p:2x2x4 nor a slice's name like v5p-32; {hint}")
 
 
-def _of_rank(chip: Chip, dimensions: tuple[int, ...], text: str) -> Topology:
+def _of_shape(chip: Chip, dimensions: tuple[int, ...], text: str) -> Topology:
     if len(dimensions) != chip.dimensions:
         example = "x".join(map(str, SLICES[chip.name][2]))
         raise UserError(f"topology '{text}' has {len(dimensions)} dimensions; {chip.name} has {chip.dimensions}, as in "
                         f"{chip.name}:{example}")
-    return Topology(chip, dimensions)
+    topology = Topology(chip, dimensions)
+    # Asked for more than there is, libtpu compiles for many minutes, or aborts the whole process.
+    if topology.chips > chip.most_chips or max(dimensions) > chip.longest:
+        along = f", {chip.longest} along a dimension" if chip.longest < chip.most_chips else ""
+        raise UserError(f"topology '{text}' is larger than {chip.name} has: a slice is of at most "
+                        f"{chip.most_chips:,} chips{along}")
+    return topology
 
 
-def _named(chip: Chip, number: int, text: str) -> Topology:
+def _named(chip: Chip, number: str, text: str) -> Topology:
     offered = {t.slice_name: t for t in slices() if t.chip is chip}
     if (found := offered.get(f"{chip.name}-{number}")) is not None:
         return found

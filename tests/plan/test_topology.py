@@ -52,11 +52,33 @@ def test_cloud_names():
     ("v5e:4x4x1", "3 dimensions; v5e has 2"),
     ("v5e:4xfour", "neither like"),
     ("v5e:0x4", "neither like"),
+    ("v5e:1x4٤", "neither like"),
+    ("v5p-١٦", "neither like"),
+    ("v5p-032", "neither like"),
+    ("v5e:" + 5000 * "9", "'v5e:9{36}' is neither like"),
+    ("v5e-" + 5000 * "9", "'v5e-9{36}' is neither like"),
+    ("v5e:18x18", "'v5e:18x18' is larger than v5e has: a slice is of at most 256 chips, 16 along a dimension$"),
+    ("v5e:8x32", "larger than v5e has"),
+    ("v6e:16x32", "larger than v6e has"),
+    ("v3:64x16", "at most 1,024 chips, 32 along"),
+    ("v4:16x16x20", "at most 4,096 chips$"),
+    ("v5p:32x32x32", "at most 6,144 chips$"),
+    ("tpu7x:32x32x32", "at most 9,216 chips$"),
     ("", "neither like.*generations are v2, v3"),
 ])
 def test_refusals(text, message):
     with pytest.raises(UserError, match=message):
         parse_topology(text)
+
+
+@pytest.mark.parametrize("text", ["v2:16x16", "v3:32x32", "v4:12x12x24", "v4:16x16x16", "v5e:16x16", "v5p:16x16x24",
+                                  "v6e:16x16", "tpu7x:4x4x576"])
+def test_the_largest_there_are(text):
+    assert str(parse_topology(text)) == text
+
+
+def test_every_slice_that_is_offered_is_small_enough():
+    assert all(parse_topology(str(t)) == t for t in slices())
 
 
 def test_without_libtpu(monkeypatch):
