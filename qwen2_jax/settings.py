@@ -14,7 +14,6 @@ import inspect
 import itertools
 import json
 import math
-import sys
 import textwrap
 import types
 import typing
@@ -24,8 +23,8 @@ from typing import Any, Literal
 
 from qwen2_jax.errors import UserError
 
-KIND = "kind"
-"""Key of the plain form that tells which of several dataclasses a field holds, by its class's name."""
+KIND = "class"
+"""Key of the plain form that says which dataclass it is: a word that no field can be called."""
 NOTHING = "none"
 
 
@@ -82,7 +81,7 @@ def _changed(instance: Any, changes: Mapping[str, str], prefix: str, whole: Any)
         if dot:
             below.setdefault(first, {})[rest] = text
         else:
-            here[first] = _read(text, kinds[first], prefix + first)
+            here[first] = _read(text, kinds[first], prefix + first, getattr(instance, first))
     for first, inner in below.items():
         value, path = here.get(first, getattr(instance, first)), f"{prefix}{first}."
         if dataclasses.is_dataclass(value):
@@ -155,8 +154,8 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _read(text: str, kind: Any, name: str) -> Any:
-    """The value of a field from its text."""
+def _read(text: str, kind: Any, name: str, before: Any = None) -> Any:
+    """The value of a field from its text. The name of a dataclass stands for one with what `before` shares with it."""
     options = _options(kind)
     if type(None) in options and text.lower() == NOTHING:
         return None
@@ -171,7 +170,7 @@ def _read(text: str, kind: Any, name: str) -> Any:
                 return from_plain(_json(text, name), kind, name)
             return tuple(_read(item.strip(), inner, name) for item in text.split(",") if item.strip())
         elif dataclasses.is_dataclass(option) and getattr(option, "__name__", "") == text:
-            return _default(option, name)
+            return _another(option, before, name)
         elif (read := _READERS.get(option)) and (value := read(text)) is not None:
             return value
     raise UserError(f"{name} must be {_described(kind)}, found '{text}'")
@@ -184,9 +183,10 @@ def _json(text: str, name: str) -> Any:
         raise UserError(f"{name} begins with [ and is no list in JSON: {error}") from None
 
 
-def _default(option: Any, name: str) -> Any:
+def _another(option: Any, before: Any, name: str) -> Any:
+    shared = _types(option).keys() & (_types(type(before)).keys() if dataclasses.is_dataclass(before) else set())
     try:
-        return option()
+        return option(**{field: getattr(before, field) for field in shared})
     except TypeError:
         raise UserError(f"{name}={option.__name__} needs values that have no default: write it in the experiment's "
                         "file") from None
@@ -252,18 +252,22 @@ def _near(name: str, whole: Any) -> str:
 @functools.lru_cache(maxsize=64)
 def _types(cls: type) -> dict[str, Any]:
     """Field → type, with annotations that are texts evaluated where the class stands."""
-    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @functools.lru_cache(maxsize=64)
 def _helps(cls: type) -> dict[str, str]:
-    """Field → the text under its declaration."""
+    """Field → the text under its declaration, in the class or in one that it extends."""
+    inherited: dict[str, str] = {}
+    for base in reversed(cls.__bases__):
+        inherited |= _helps(base) if dataclasses.is_dataclass(base) else {}
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, SyntaxError):      # a class without a source file
-        return {}
+        return inherited
     body = typing.cast(ast.ClassDef, tree.body[0]).body
-    return {field.target.id: " ".join(text.value.value.split()) for field, text in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)}
+    return inherited | {
+        field.target.id: " ".join(text.value.value.split()) for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)}

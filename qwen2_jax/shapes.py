@@ -6,6 +6,7 @@ The tree is the one of docs/architecture.md; the modules in `model/` declare the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwen2_jax.config import ModelConfig
@@ -33,6 +34,34 @@ experts. Not biases, norms, routers and reward heads: they are small, and much h
 def is_quantized(path: str) -> bool:
     """Whether quantization takes the parameter at this path (its last part is enough)."""
     return path.rpartition("/")[2] in MATRICES
+
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    "embed/table": ("vocab", "embed"), "head/table": ("vocab", "embed"),
+    "attn_norm/scale": ("norm",), "mlp_norm/scale": ("norm",), "norm/scale": ("norm",),
+    "attn/q": ("heads", "embed"), "attn/q_bias": ("heads",),
+    "attn/k": ("kv_heads", "embed"), "attn/k_bias": ("kv_heads",),
+    "attn/v": ("kv_heads", "embed"), "attn/v_bias": ("kv_heads",),
+    "attn/o": ("embed", "heads"),
+    "mlp/gate": ("ffn", "embed"), "mlp/up": ("ffn", "embed"), "mlp/down": ("embed", "ffn"),
+    "moe/router": ("router", "embed"), "moe/shared_router": ("router", "embed"),
+    "moe/gate": ("expert", "expert_ffn", "embed"), "moe/up": ("expert", "expert_ffn", "embed"),
+    "moe/down": ("expert", "embed", "expert_ffn"),
+    "moe/shared_gate": ("shared_ffn", "embed"), "moe/shared_up": ("shared_ffn", "embed"),
+    "moe/shared_down": ("embed", "shared_ffn"),
+    "score/weight": ("label", "embed"),
+    "reward/dense1": ("hidden", "embed"), "reward/dense1_bias": ("hidden",),
+    "reward/dense2": ("label", "hidden"), "reward/dense2_bias": ("label",),
+}
+"""Last two parts of a parameter's path → its logical axes, as the modules in `model/` declare them."""
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The logical axes of the parameter at this path, "layers" first for those of a run, in either layout."""
+    name = "/".join(path.split("/")[-2:])
+    if name not in AXES:
+        raise ValueError(f"no logical axes are known of a parameter {path}: add them to shapes.AXES")
+    return (("layers",) if path.startswith("layers_") else ()) + AXES[name]
 
 
 def param_shapes(cfg: ModelConfig, *, stacked: bool = True) -> dict[str, tuple[int, ...]]:

@@ -26,12 +26,20 @@ class Adam:
 @dataclass(frozen=True, kw_only=True)
 class Muon:
     momentum: float = 0.95
+    """Share kept."""
     nesterov: bool = True
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion:
+    beta: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     path: str
+    kind: str = "a field's own name"
     weight: float = 1.0
 
 
@@ -40,7 +48,7 @@ class Run:
     steps: int = 10
     mesh: str = ""
     remat: Literal["full", "none"] = "full"
-    optimizer: Adam | Muon = Adam(peak=1e-3)
+    optimizer: Adam | Muon | Lion = Adam(peak=1e-3)
     sources: tuple[Source, ...] = (Source(path="a"), Source(path="b"))
     prompts: tuple[str, ...] = ()
 
@@ -52,10 +60,23 @@ class Run:
 RUN = Run()
 
 
+@dataclass(frozen=True, kw_only=True)
+class NestedMuon(Muon):
+    steps: int = 5
+    """Iterations."""
+
+
+def test_what_a_class_extends_is_listed_first():
+    listed = {setting.name: setting for setting in settings(NestedMuon())}
+    assert list(listed) == ["momentum", "nesterov", "steps"]
+    assert [listed[name].help for name in ("momentum", "steps")] == ["Share kept.", "Iterations."]
+
+
 def test_everything_is_listed_with_its_meaning():
     listed = {setting.name: setting for setting in settings(RUN)}
     assert list(listed) == ["steps", "mesh", "remat", "optimizer.peak", "optimizer.clip", "sources.0.path",
-                            "sources.0.weight", "sources.1.path", "sources.1.weight", "prompts"]
+                            "sources.0.kind", "sources.0.weight", "sources.1.path", "sources.1.kind",
+                            "sources.1.weight", "prompts"]
     assert listed["optimizer.peak"].help == "Learning rate after the warm-up."
     assert listed["optimizer.clip"].type == "float or none"
     assert listed["remat"].type == "full | none"
@@ -78,6 +99,12 @@ def test_another_kind_and_its_settings_together():
     assert found == dataclasses.replace(RUN, optimizer=Muon(nesterov=False), steps=3)
 
 
+def test_another_kind_takes_over_what_it_shares():
+    clipped = with_settings(RUN, ["optimizer.clip=0.5"])
+    assert with_settings(clipped, ["optimizer=Muon"]).optimizer == Muon(clip=0.5)
+    assert with_settings(clipped, ["optimizer=Adam"]) == clipped
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("stesp=3", "there is no setting 'stesp'; did you mean steps"),
     ("peak=3", "there is no setting 'peak'; did you mean optimizer.peak"),
@@ -89,8 +116,8 @@ def test_another_kind_and_its_settings_together():
     ("steps=-1", "steps must be at least 1, found -1"),
     ("optimizer.peak=fast", "optimizer.peak must be float, found 'fast'"),
     ("remat=some", "remat must be full | none, found 'some'"),
-    ("optimizer=Adam", "optimizer=Adam needs values that have no default"),
-    ("optimizer=SGD", "optimizer must be Adam or Muon, found 'SGD'"),
+    ("optimizer=Lion", "optimizer=Lion needs values that have no default"),
+    ("optimizer=SGD", "optimizer must be Adam or Muon or Lion, found 'SGD'"),
     ('prompts=["a', "prompts begins with [ and is no list in JSON"), ("prompts=[1]", "prompts.0 must be text, found 1"),
     ("steps", "a setting is written name=value, found 'steps'")])
 def test_what_is_wrong_is_named(text, message):
@@ -116,7 +143,7 @@ def test_json_and_back(run):
 @pytest.mark.parametrize(("change", "message"), [
     ({"steps": "3"}, 'steps must be int, found "3"'), ({"stesp": 3}, "there is no setting 'stesp'"),
     ({"steps": True}, "steps must be int, found true"), ({"mesh": [1]}, "mesh must be text, found a list"),
-    ({"optimizer": {"kind": "SGD"}}, "optimizer must be one of Adam, Muon")])
+    ({"optimizer": {"class": "SGD"}}, "optimizer must be one of Adam, Muon, Lion")])
 def test_a_plain_form_that_does_not_fit(change, message):
     with pytest.raises(UserError, match=message):
         from_plain(plain(RUN) | change, Run)
@@ -126,5 +153,5 @@ def test_differences_go_field_by_field():
     other = with_settings(RUN, ["optimizer.peak=2", "sources.1.path=c"])
     assert differences(plain(RUN), plain(other)) == {"optimizer.peak": (1e-3, 2.0), "sources.1.path": ("b", "c")}
     kinds = differences(plain(RUN), plain(with_settings(RUN, ["optimizer=Muon"])))
-    assert kinds["optimizer.kind"] == ("Adam", "Muon") and kinds["optimizer.momentum"] == (None, 0.95)
+    assert kinds["optimizer.class"] == ("Adam", "Muon") and kinds["optimizer.momentum"] == (None, 0.95)
     assert differences(plain(RUN), plain(Run())) == {}

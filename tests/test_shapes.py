@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qwen2_jax.config import ModelConfig, MoeConfig, RopeConfig
-from qwen2_jax.shapes import count_params, param_shapes
+from qwen2_jax.shapes import count_params, logical_axes, param_shapes
 
 DENSE = ModelConfig(vocab=50, layers=4, d_model=12, d_ff=20, heads=3, kv_heads=1, head_dim=6, tied=True, norm_eps=1e-6,
                     rope=RopeConfig(theta=1e4), max_position=64)
@@ -72,3 +72,17 @@ def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
     assert count.total - count.active == 3 * 3 * 7 * 12      # one sparse layer, 3 idle experts of 3 matrices
     assert count.non_embedding - count.active_non_embedding == 3 * 3 * 7 * 12
     assert count_params(DENSE).active == count_params(DENSE).total
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logical_axes_are_those_that_the_modules_declare(name):
+    import jax
+    from flax import linen as nn
+
+    from qwen2_jax.model.decoder import Decoder
+
+    ids = jax.ShapeDtypeStruct((1, 1), "int32")
+    declared = jax.eval_shape(lambda ids: Decoder(ALL[name]).init(jax.random.key(0), ids)["params"], ids)
+    leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    found = {"/".join(part.key for part in path): leaf.names for path, leaf in leaves}
+    assert {path: logical_axes(path) for path in param_shapes(ALL[name])} == found
