@@ -66,15 +66,19 @@ def convert(src: str | Path, dst: str | Path, *, to: Kind, dtype: DtypeName = "k
     if src_path.exists() and dst_path.exists() and src_path.samefile(dst_path):
         raise UserError(f"{src} is both source and destination: choose another destination")
     checkpoint = open_checkpoint(src, revision=revision, ignore=ignore)
+    checkpoint.refuse_damage()
     cfg = checkpoint.cfg if dtype == "keep" else dataclasses.replace(checkpoint.cfg, dtype=dtype)
     return write_checkpoint(checkpoint.reader, cfg, dst_path, to=to, dtype=dtype, max_shard_bytes=limit,
                             beside=checkpoint.folder, verify=checkpoint if verify else None, progress=progress)
 
 
 def write_checkpoint(reader: Reader, cfg: ModelConfig, dst: Path, *, to: Kind, dtype: DtypeName, max_shard_bytes: int,
-                     beside: Path | None, verify: Checkpoint | None = None, progress: bool = False
-                     ) -> Comparison | None:
-    """Copies all tensors of `reader`, which holds the model `cfg`, into a new checkpoint; `convert` has the details."""
+                     beside: Path | None, verify: Checkpoint | None = None, progress: bool = False,
+                     label: str = "convert") -> Comparison | None:
+    """Copies all tensors of `reader`, which holds the model `cfg`, into a new checkpoint; `convert` has the details.
+
+    `label` stands before the bar.
+    """
     slots = names.slots(cfg)
     wanted = DTYPES[dtype]
     dtypes = [wanted if wanted is not None else reader.dtype(slot) for slot in slots]
@@ -84,7 +88,7 @@ def write_checkpoint(reader: Reader, cfg: ModelConfig, dst: Path, *, to: Kind, d
     with staged(dst, needed=int(size * _LEAST_SIZE[to])) as partial:
         writer = _writer(to, partial, cfg, slots, dtypes, max_shard_bytes)
         files.write_files_beside(partial, cfg, beside)  # first, for that shows in no time what cannot be read
-        _copy(reader, writer, slots, dtypes, size if progress else None)
+        _copy(reader, writer, slots, dtypes, size if progress else None, label)
         files.write_config(partial, cfg)    # last: what a killed run leaves has none, so nothing opens it
         if to == "orbax":
             files.write_mark(partial)
@@ -101,8 +105,9 @@ def _writer(to: Kind, folder: Path, cfg: ModelConfig, slots: list[Slot], dtypes:
     return TreeWriter(folder / PARAMS, param_shapes(cfg), slots, dtypes)
 
 
-def _copy(reader: Reader, writer: Writer, slots: list[Slot], dtypes: list[np.dtype], shown_size: int | None) -> None:
-    with tqdm(total=shown_size, unit="B", unit_scale=True, desc="convert", disable=shown_size is None) as bar:
+def _copy(reader: Reader, writer: Writer, slots: list[Slot], dtypes: list[np.dtype], shown_size: int | None,
+          label: str) -> None:
+    with tqdm(total=shown_size, unit="B", unit_scale=True, desc=label, disable=shown_size is None) as bar:
         try:
             for slot, start, piece in read_ahead(reader, slots, dtypes):
                 writer.write(slot, start, piece)
@@ -117,7 +122,7 @@ def _check_stackable(slots: list[Slot], dtypes: list[np.dtype]) -> None:
         name, found = first.setdefault(slot.path, (slot.name, dtype))
         if dtype != found:
             raise UserError(f"{name} is {found.name} but {slot.name} is {dtype.name}: layers are stacked and need one"
-                            " dtype; convert with --dtype bfloat16 or --dtype float32")
+                            " dtype; give --dtype bfloat16 or --dtype float32")
 
 
 def parse_size(size: int | str) -> int:
