@@ -26,12 +26,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.launch_local import watch
+from tools.launch_local import INTERRUPTED, watch
 from tools.pod_commands import Pod, Shell, worker_count
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL = 15.0
 """Seconds between two looks at a queued resource."""
+ANEW = "to start anew give it back with --delete"
 WAITING = ("ACCEPTED", "WAITING_FOR_RESOURCES", "CREATING", "PROVISIONING")
 
 
@@ -50,7 +51,7 @@ def create(pod: Pod) -> None:
         time.sleep(POLL)
         state = _state(pod)
     if state != "ACTIVE":
-        raise Failed(f"{pod.name} is {state or 'gone'}; to start anew give it back with --delete")
+        raise Failed(f"{pod.name} is {state or 'gone'}; {ANEW}")
 
 
 def _state(pod: Pod) -> str | None:
@@ -119,24 +120,30 @@ def script(pod: Pod, args: argparse.Namespace) -> list[str]:
     """What would be done, as lines of a shell script."""
     shell, each = Shell(), worker_count(pod.type)
     lines = ["set -e"]
+    if args.delete:     # whatever becomes of what follows
+        lines += [f"give_back() {{ {shell.line(pod.delete())}; }}", "trap give_back EXIT",
+                  f"trap 'exit {INTERRUPTED}' INT TERM"]
     if args.stop:
         lines += [shell.line(pod.stop(n)) for n in range(pod.slices)]
     if args.create:
         lines += [f"{shell.line(pod.state())} || {shell.line(pod.create())}",
-                  f'until [ "$({shell.line(pod.state())})" = ACTIVE ]; do sleep {POLL:g}; done']
+                  f"while state=$({shell.line(pod.state())}); do", '  case "$state" in',
+                  f"    {'|'.join(WAITING)}) sleep {POLL:g} ;;", "    *) break ;;", "  esac", "done",
+                  f'[ "$state" = ACTIVE ] || {{ echo "{pod.name} is ${{state:-gone}}; {ANEW}" >&2; exit 2; }}']
     if args.install:
         archive = Path("/tmp/qwen2_jax.tar.gz")
         lines.append(shell.line(pod.archive(ROOT, archive)))
         for n in range(pod.slices):
             lines += [shell.line(pod.copy(n, archive)), shell.line(pod.install(n))]
     if args.command:
-        lines.append(f"COORDINATOR=$({shell.line(pod.address())})")
+        lines += [f"COORDINATOR=$({shell.line(pod.address())})", "workers="]
         lines += [shell.line(pod.start(args.command, n, worker, n * each + worker, each * pod.slices,
-                                       shell.variable("COORDINATOR"))) + " &"
+                                       shell.variable("COORDINATOR"))) + ' & workers="$workers $!"'
                   for n in range(pod.slices) for worker in range(each)]
-        lines.append("wait")
-    if args.delete:
-        lines.append(shell.line(pod.delete()))
+        # `wait` alone ends with 0, whatever the workers ended with.
+        lines += ["number=0 failed=0", "for worker in $workers; do", "  status=0; wait $worker || status=$?",
+                  '  [ $status = 0 ] || echo "worker $number exited with status $status" >&2',
+                  "  [ $failed != 0 ] || failed=$status", "  number=$((number + 1))", "done", "exit $failed"]
     return lines
 
 
@@ -198,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"launch_pod: {e}", file=sys.stderr)
     except KeyboardInterrupt:
         print("launch_pod: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 2
 
 

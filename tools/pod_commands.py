@@ -10,6 +10,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen2_jax.plan.chips import CHIPS
+from qwen2_jax.plan.topology import ALIASES
 from qwen2_jax.sharding.roll_call import COORDINATOR, PROCESS, PROCESSES
 
 RUNTIMES = {"v2": "tpu-ubuntu2204-base", "v3": "tpu-ubuntu2204-base", "v4": "tpu-ubuntu2204-base",
@@ -34,12 +36,15 @@ def worker_count(accelerator_type: str) -> int:
 
 
 def _parse(accelerator_type: str) -> tuple[str, int]:
-    match = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]*)", accelerator_type)
+    match = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]{0,8})", accelerator_type)
     if accelerator_type.startswith("tpu7x"):
         raise ValueError("tpu7x has no TPU VMs: it is rented through GKE, see tools/pods/xpk.sh")
     if match is None or match[1] not in RUNTIMES:
-        raise ValueError(f"--type {accelerator_type!r} is not an accelerator type: {', '.join(RUNTIMES)} followed by "
-                         "-NUMBER, such as v5litepod-16")
+        raise ValueError(f"--type {accelerator_type[:40]!r} is not an accelerator type: {', '.join(RUNTIMES)} followed "
+                         "by -NUMBER, such as v5litepod-16")
+    most = CHIPS[ALIASES.get(match[1], match[1])].most_chips * (2 if match[1] in CORES else 1)
+    if int(match[2]) > most:
+        raise ValueError(f"--type {accelerator_type!r} does not exist: the largest slice is {match[1]}-{most}")
     return match[1], int(match[2])
 
 

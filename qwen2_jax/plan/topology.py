@@ -74,7 +74,7 @@ def slices() -> Iterator[Topology]:
 
 def parse_topology(text: str) -> Topology:
     """`v5p:2x2x4` or `v5p-32`. Raises UserError that says what there is."""
-    word = text.strip().lower()
+    word, text = text.strip().lower(), text[:LONGEST]
     generation, colon, grid = word.partition(":")
     generation = ALIASES.get(generation, generation)
     if colon:
@@ -88,7 +88,7 @@ def parse_topology(text: str) -> Topology:
     known = [name for t in slices() for name in (str(t), str(t.slice_name))]
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}" if near else f"generations are {', '.join(CHIPS)}"
-    raise UserError(f"topology '{text[:LONGEST]}' is neither like v5p:2x2x4 nor a slice's name like v5p-32; {hint}")
+    raise UserError(f"topology '{text}' is neither like v5p:2x2x4 nor a slice's name like v5p-32; {hint}")
 
 
 def _of_shape(chip: Chip, dimensions: tuple[int, ...], text: str) -> Topology:

@@ -96,11 +96,16 @@ def test_the_commands_of_one_slice(capsys):
     lines = capsys.readouterr().out.splitlines()
     where = "--zone=us-west4-a --project=my-project"
     state = f"gcloud compute tpus queued-resources describe my-pod {where} '--format=value(state.state)'"
+    assert lines[:4] == [
+        "set -e", f"give_back() {{ gcloud compute tpus queued-resources delete my-pod {where} --force --quiet; }}",
+        "trap give_back EXIT", "trap 'exit 130' INT TERM"]
+    del lines[1:4]
     assert lines[:3] == [
         "set -e",
         f"{state} || gcloud compute tpus queued-resources create my-pod {where} --accelerator-type=v5litepod-16 "
         "--runtime-version=v2-alpha-tpuv5-lite --node-id=my-pod",
-        f'until [ "$({state})" = ACTIVE ]; do sleep 15; done']
+        f"while state=$({state}); do"]
+    del lines[3:9]      # the loop's body and the end's test
     assert lines[3] == f"git -C {ROOT} archive --format=tar.gz --output=/tmp/qwen2_jax.tar.gz HEAD"
     assert lines[4] == ("gcloud compute tpus tpu-vm scp /tmp/qwen2_jax.tar.gz my-pod:qwen2_jax.tar.gz "
                         f"{where} --worker=all")
@@ -108,12 +113,11 @@ def test_the_commands_of_one_slice(capsys):
     assert lines[6] == (f"COORDINATOR=$(gcloud compute tpus tpu-vm describe my-pod {where} "
                         "'--format=value(networkEndpoints[0].ipAddress)')")
     starts = [line for line in lines if "--worker=all" not in line and " ssh " in line]
-    assert len(starts) == 4 and lines[-2:] == [
-        "wait", f"gcloud compute tpus queued-resources delete my-pod {where} --force --quiet"]
+    assert len(starts) == 4
     for n, line in enumerate(starts):
-        assert line.endswith(" &")
+        assert line.endswith(' & workers="$workers $!"')
         # As a shell would take it apart, three times over: ours, the worker's, and the one of the session.
-        words = shlex.split(line.removesuffix(" &").replace('"$COORDINATOR"', "10.1.2.3"))
+        words = shlex.split(line.rpartition(" & ")[0].replace('"$COORDINATOR"', "10.1.2.3"))
         assert words[:-1] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-pod", "--zone=us-west4-a",
                               "--project=my-project", f"--worker={n}"]
         remote = shlex.split(words[-1].removeprefix("--command="))
@@ -129,7 +133,7 @@ def test_the_commands_of_two_slices(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("--accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --node-count=2 "
                              "--node-prefix=p --spot")
-    starts = [line for line in lines if line.endswith("&")]
+    starts = [line for line in lines if line.endswith("$!\"")]
     assert [(line.split()[5], line.split()[7]) for line in starts] == [
         ("p-0", "--worker=0"), ("p-0", "--worker=1"), ("p-1", "--worker=0"), ("p-1", "--worker=1")]
     assert all(f"QWEN2_JAX_PROCESSES=4 QWEN2_JAX_PROCESS={n} date" in line for n, line in enumerate(starts))
@@ -145,7 +149,34 @@ def test_the_printed_script_does_what_it_says(there, capsys):
         assert (there / f"my-pod/{n}/qwen2_jax_pod/said").read_text() == f"10.0.0.0:8476 {n} {argv[-1]}\n"
 
 
+def printed_script(capsys, *argv):
+    """What becomes of the dry run, run by a shell."""
+    assert main(["my-pod", "--zone", "z", "--type", "v2-16", "--dry-run", *argv]) == 0
+    return subprocess.run(["sh", "-c", capsys.readouterr().out], capture_output=True, text=True, timeout=60)
+
+
+def test_the_printed_script_tells_of_workers_that_fail(there, capsys):
+    script = 'exit $((QWEN2_JAX_PROCESS * 7))'
+    done = printed_script(capsys, "--", "sh", "-c", script)
+    assert (done.returncode, done.stderr) == (7, "worker 1 exited with status 7\n")
+    assert printed_script(capsys, "--delete", "--", "sh", "-c", script).returncode == 7
+    assert not (there / "made").exists(), "given back all the same"
+
+
+@pytest.mark.parametrize("states, state", [("FAILED", "FAILED"), ("WAITING_FOR_RESOURCES SUSPENDED", "SUSPENDED")])
+def test_the_printed_script_waits_for_no_slice_that_will_never_be(gcloud, monkeypatch, capsys, states, state):
+    monkeypatch.setenv("FAKE_STATES", states)
+    done = printed_script(capsys, "--create", "--", "true")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        f"my-pod is {state}; to start anew give it back with --delete")
+    assert not [call for call in calls(gcloud) if call[3] == "ssh"]
+
+
 @pytest.mark.parametrize("argv, message", [
+    (["p", "--zone", "z", "--type", "v5litepod-512", "--create"],
+     "'v5litepod-512' does not exist: the largest slice is v5litepod-256"),
+    (["p", "--zone", "z", "--type", "v5p-99999", "--create"], "the largest slice is v5p-12288"),
+    (["p", "--zone", "z", "--type", "v5p-" + 5000 * "9", "--create"], "9' is not an accelerator type: v2, v3"),
     (["--zone", "z", "--type", "v5p-8", "--create"], "arguments are required: name"),
     (["p", "--type", "v5p-8", "--create"], "arguments are required: --zone"),
     (["p", "--zone", "z", "--type", "v5p-8"], "nothing to do"),
