@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen2_jax.cli.output import whole_file
 from qwen2_jax.errors import UserError
 
 NOT_SOURCES = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"})
@@ -67,6 +69,18 @@ def read_library(root: Path | None = None, *, min_bytes: int = MIN_BYTES) -> Cor
     train = _without_duplicates({name: d for name, d in modules.items() if not is_held_out(name)}, seen)
     kept = sum(map(len, held_out.values())) + sum(map(len, train.values()))
     return Corpus(train, held_out, sum(map(len, modules.values())) - kept)
+
+
+def as_jsonl(folder: Path = Path("runs")) -> str:
+    """The documents of both sides as a file of JSON lines, made when it is not there; its path."""
+    path = folder / f"library-{sysconfig.get_python_version()}.jsonl"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        corpus = read_library()
+        with whole_file(path) as file:
+            for text in corpus.train_documents + corpus.held_out_documents:
+                file.write(json.dumps({"text": text.decode()}) + "\n")
+    return str(path)
 
 
 def is_held_out(module: str) -> bool:

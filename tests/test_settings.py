@@ -68,7 +68,7 @@ class NestedMuon(Muon):
 
 def test_what_a_class_extends_is_listed_first():
     listed = {setting.name: setting for setting in settings(NestedMuon())}
-    assert list(listed) == ["momentum", "nesterov", "steps"]
+    assert list(listed) == ["momentum", "nesterov", "clip", "steps"]
     assert [listed[name].help for name in ("momentum", "steps")] == ["Share kept.", "Iterations."]
 
 

@@ -11,7 +11,7 @@ from qwen2_jax.errors import UserError
 
 # Each is a module `qwen2_jax/cli/<name>.py` with `add_parser(subparsers)`, which imports nothing heavy and ends in
 # `parser.set_defaults(run=run)`, and `run(args) -> int`, the exit status.
-COMMANDS = ("info", "convert", "generate", "chat", "plan", "doctor", "data")
+COMMANDS = ("info", "convert", "upcycle", "generate", "chat", "train", "plan", "doctor", "data")
 
 
 class Parser(argparse.ArgumentParser):

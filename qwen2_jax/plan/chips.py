@@ -85,3 +85,11 @@ CHIPS = {chip.name: chip for chip in (
          core_bandwidth=600e9, clock=2.31e9, calibrated=False, devices_per_chip=2, named_by_cores=2, wraps_at=4,
          whole_cubes=True, most_chips=9216),
 )}
+
+_KINDS = {"TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e",
+          "TPU7x": "tpu7x"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The generation of a device, by JAX's name for its kind; None for anything but a TPU known here."""
+    return CHIPS.get(_KINDS.get(device_kind, ""))

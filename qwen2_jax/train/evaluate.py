@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,14 +63,33 @@ def make_evaluation(loss: NextTokenLoss, documents: Sequence[np.ndarray], *, row
     return evaluate
 
 
-class Evaluate(Hook):
-    """Every `every` updates calls `evaluate(params)` and hands `(step, result)` to `report`."""
+def held_out_losses(loss: NextTokenLoss, sources: Mapping[str, Any], documents: int, *, row_length: int,
+                    batch_size: int, mesh: Mesh | None = None) -> Callable[[dict], dict[str, Any]]:
+    """`evaluate(params)` → {"nll": nats a token over all, "tokens", "sources": {name: {"nll", "tokens"}}} of the first
+    `documents` documents of each source (`lengths`, `tokens(document, start, stop)`)."""
+    def first(source: Any) -> list[np.ndarray]:
+        return [source.tokens(i, 0, int(n)) for i, n in enumerate(source.lengths[:documents])]
 
-    def __init__(self, evaluate: Callable, report: Callable, *, every: int):
-        self.evaluate, self.report, self.every = evaluate, report, every
+    each = {name: make_evaluation(loss, first(source), row_length=row_length, stride=max(1, row_length // 2),
+                                  batch_size=batch_size, mesh=mesh) for name, source in sources.items()}
+
+    def evaluate(params: dict) -> dict[str, Any]:
+        found = {name: one(params) for name, one in each.items()}
+        nats, tokens = (sum(values) for values in zip((0.0, 0), *found.values(), strict=True))
+        return {"nll": nats / max(tokens, 1), "tokens": tokens,
+                "sources": {name: {"nll": n / max(t, 1), "tokens": t} for name, (n, t) in found.items()}}
+
+    return evaluate
+
+
+class Evaluate(Hook):
+    """Every `every` updates, and after the last, calls `evaluate(params)` and hands `(step, result)` to `report`."""
+
+    def __init__(self, evaluate: Callable, report: Callable, *, every: int, close: Callable[[], None] = lambda: None):
+        self.evaluate, self.report, self.every, self.close = evaluate, report, every, close
 
     def due(self, step, last):
-        return step % self.every == 0
+        return last or step % self.every == 0
 
     def after_step(self, step, state):
         self.report(step, self.evaluate(state.params))

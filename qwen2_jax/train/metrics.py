@@ -6,8 +6,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -56,6 +57,37 @@ class Totals(NamedTuple):
 NOTHING = Totals()
 
 
+class LinesFile:
+    """A file of one JSON object a line, each with its `step`; going on from step `start` moves later lines away.
+    Without a path nothing is written: of several processes one writes for all."""
+
+    def __init__(self, path: str | Path | None, *, start: int = 0):
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _supersede(path, start)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when every line so far is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class MetricsFile(Hook):
     """One JSON object a line and a step, each step once and in order: `step`, the step's numbers, the `Totals` after
     it, and `mfu`: model FLOPs over what the devices could have done in `time_step`, null without `flops_share`.
@@ -65,15 +97,10 @@ class MetricsFile(Hook):
     bit-equal. `flops_share`: model FLOPs of a step over the FLOPs a second of all devices' peaks, in seconds.
     """
 
-    def __init__(self, path: str | Path, *, start: int = 0, totals: Totals = NOTHING,
+    def __init__(self, path: str | Path | None, *, start: int = 0, totals: Totals = NOTHING,
                  flops_share: float | None = None):
-        self.path, self.totals, self._flops_share = Path(path), totals, flops_share
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _supersede(self.path, start)
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        self.totals, self._flops_share = totals, flops_share
+        self._lines = LinesFile(path, start=start)
 
     def on_metrics(self, step, metrics):
         targets, seen = round(metrics["targets"]), round(metrics["seen"])
@@ -81,15 +108,14 @@ class MetricsFile(Hook):
         others = {name: value if math.isfinite(value) else None for name, value in metrics.items()
                   if name not in ("targets", "seen")}
         mfu = None if self._flops_share is None else self._flops_share / metrics["time_step"]
-        self._file.write(json.dumps({"step": step, **others, **self.totals._asdict(), "mfu": mfu}) + "\n")
-        self._file.flush()
+        self._lines.write(step, {**others, **self.totals._asdict(), "mfu": mfu})
 
     def sync(self) -> None:
         """Returns when every line so far is on the disk."""
-        os.fsync(self._file.fileno())
+        self._lines.sync()
 
     def close(self):
-        self._file.close()
+        self._lines.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

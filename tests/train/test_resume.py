@@ -62,7 +62,7 @@ def save(cfg, store, *, every=100, kind=SaveState):
 def test_killed_and_resumed_is_bit_identical(cfg, packed, tmp_path, stacked):
     whole = Run(cfg, packed, stacked=stacked).go(0, 8)
     store = Store(tmp_path / "run")
-    Run(cfg, packed, stacked=stacked).go(0, 5, save(cfg, store, every=3, kind=Killed))    # killed after 5, saved after 3
+    Run(cfg, packed, stacked=stacked).go(0, 5, save(cfg, store, every=3, kind=Killed))    # saved after 3
     store.close()
 
     resumed = Run(cfg, packed, stacked=stacked)
