@@ -65,8 +65,8 @@ def test_filter_by_language(call, tmp_path):
 
 
 def test_decontaminate(call, tmp_path):
-    evaluation = write(tmp_path / "eval.jsonl", QUESTION, "other", key="question")
-    source = write(tmp_path / "in.jsonl", "clean", f"{QUESTION} and so on", "other", key="body")
+    evaluation = write(tmp_path / "eval.jsonl", QUESTION, "and another one", key="question")
+    source = write(tmp_path / "in.jsonl", "clean", f"{QUESTION} and so on", "and another one", key="body")
     argv = ("data", "decontaminate", source, "--text-key", "body", "--eval", evaluation, "--workers", "1",
             "--out", tmp_path / "out.jsonl")
     done = call(*argv)

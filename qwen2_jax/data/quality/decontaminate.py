@@ -31,7 +31,8 @@ def decontaminate(files: Sequence[SourceFile], options: SourceOptions, sieve: Si
     goes for it: the Qwen2 report's strict measure of contamination (section 5.2.6, table 15). Raises UserError as
     `judged` does.
     """
-    start = partial(_start, [one.text for one in evaluation], overlap, tokenizer)
+    start = partial(_start, [one.text for one in evaluation], [not one.is_answer for one in evaluation], overlap,
+                    tokenizer)
     touched: set[int] = set()
     for row in judged(files, options, start, workers=workers, title="decontaminate", bad=BadRows(max_bad_rows)):
         repeated, shared, sharing = row.verdict if row.bad is None else (None, "", ())
@@ -39,7 +40,7 @@ def decontaminate(files: Sequence[SourceFile], options: SourceOptions, sieve: Si
         reason = None
         if repeated is not None:
             text = evaluation[repeated.evaluation]
-            reason = {"reason": "equals_evaluation_text" if repeated.exact else "overlaps_evaluation_text",
+            reason = {"reason": "equals_evaluation_question" if repeated.exact else "overlaps_evaluation_text",
                       "evaluation_file": text.file, "evaluation_row": text.row, "evaluation_key": text.key,
                       "lcs": repeated.lcs, "words": repeated.training_words,
                       "evaluation_words": repeated.evaluation_words, "shared": shared}
@@ -55,12 +56,14 @@ def contamination(touched: Iterable[int], evaluation: Sequence[EvaluationText], 
             f"(compared: {', '.join(file.taken)})" for file in read]
 
 
-def _start(texts: Sequence[str], overlap: Overlap, tokenizer: Path | None) -> Callable[[str], Found]:
+def _start(texts: Sequence[str], questions: Sequence[bool], overlap: Overlap, tokenizer: Path | None
+           ) -> Callable[[str], Found]:
     words = Words(overlap.keep_case, overlap.symbols)
     if tokenizer is None:
-        return partial(_find, EvaluationTexts(texts, overlap, words), " ".join)
+        return partial(_find, EvaluationTexts(texts, overlap, words, questions.__getitem__), " ".join)
     tokens = Tokenizer.load(tokenizer)
-    return partial(_find, EvaluationTexts(texts, overlap, partial(_tokens, words, tokens)), tokens.decode)
+    split = partial(_tokens, words, tokens)
+    return partial(_find, EvaluationTexts(texts, overlap, split, questions.__getitem__), tokens.decode)
 
 
 def _find(evaluation: EvaluationTexts, shown: Callable[[Any], str], text: str) -> Found:

@@ -16,11 +16,11 @@ from qwen2_jax.data.source_files import SourceFile, SourceOptions, find_files, o
 from qwen2_jax.errors import UserError
 
 # What the common sets call their questions, then their answers; compared without case.
-KEYS = ("question", "problem", "prompt", "query", "input", "text", "context", "content", "turns", "instruction", "goal",
-        "premise", "q",
-        "answer", "solution", "rationale", "explanation", "target", "code", "canonical_solution", "continuation",
-        "reference", "choices", "options", "choice1", "choice2", "context_options", "best answer", "correct answers",
-        "a")
+QUESTION_KEYS = ("question", "problem", "prompt", "query", "input", "text", "context", "content", "turns",
+                 "instruction", "goal", "premise", "q")
+ANSWER_KEYS = ("answer", "solution", "rationale", "explanation", "target", "code", "canonical_solution", "continuation",
+               "reference", "choices", "options", "choice1", "choice2", "context_options", "best answer",
+               "correct answers", "a")
 ANY = "*"
 _MOST_FIELD = 1 << 30   # characters of a field of CSV; Python's own limit is 128 KiB
 
@@ -33,6 +33,11 @@ class EvaluationText:
     file: str
     row: int
     key: str
+
+    @property
+    def is_answer(self) -> bool:
+        """Is it what an item asks for, or one of several such, rather than the question?"""
+        return self.key.casefold() in ANSWER_KEYS
 
 
 @dataclass
@@ -47,12 +52,12 @@ class EvaluationFile:
 
 def read_evaluation_sets(paths: Sequence[str], keys: Sequence[str] = ()) -> tuple[list[EvaluationText],
                                                                                  list[EvaluationFile]]:
-    """Every string of every row that stands under one of `keys` (default: KEYS; `*`: any), at whatever depth: each is a
-    text of its own, so that a question is found without its answer.
+    """Every string of every row that stands under one of `keys` (`*` is any; default: QUESTION_KEYS and ANSWER_KEYS),
+    at whatever depth: each is a text of its own, so that a question is found without its answer.
 
     Raises UserError for a file that cannot be read, is damaged, or has nothing under these keys.
     """
-    wanted = {key.casefold() for key in keys or KEYS}
+    wanted = {key.casefold() for key in keys or QUESTION_KEYS + ANSWER_KEYS}
     texts: list[EvaluationText] = []
     read: list[EvaluationFile] = []
     for file in find_files(paths, SourceOptions(format="text")):

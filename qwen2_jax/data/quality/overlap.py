@@ -9,8 +9,10 @@ Shape letters: W words of a text, G runs of words of all evaluation texts, U dif
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -38,27 +40,34 @@ class Repeated:
 class EvaluationTexts:
     """Finds the evaluation texts that a training text repeats.
 
-    Memory: at most 40 bytes for each word of the evaluation texts, and about 0.2 KB for each different word.
+    Memory: 40 bytes for each word of the evaluation texts, twice that while it is made, and about 0.2 KB for each
+    different word.
     """
 
-    def __init__(self, texts: Iterable[str], overlap: Overlap, split: Callable[[str], Sequence[Hashable]]):
-        """`split` makes the words of a text: `words.Words`, or a tokenizer's tokens."""
+    def __init__(self, texts: Iterable[str], overlap: Overlap, split: Callable[[str], Sequence[Hashable]],
+                 whole: Callable[[int], bool] = lambda number: True):
+        """`split` makes the words of a text: `words.Words`, or a tokenizer's tokens. `whole` tells by a text's number
+        whether it stands for its item, so that being equal to it is enough where the rule says so."""
         self._overlap, self._split = overlap, split
         self._number: dict[Hashable, int] = {}      # from 1; 0 is a word that no evaluation text has
-        self._texts: list[np.ndarray] = []
         self._equal: dict[bytes, int] = {}
+        words, begins = array("i"), [0]     # all texts, each with a 0 behind it, over which no run reaches
         for number, text in enumerate(texts):
-            words = [self._number.setdefault(word, len(self._number) + 1) for word in split(text)]
-            word_W = np.array(words, np.int32)
-            self._texts.append(word_W)
-            if words:
-                self._equal.setdefault(word_W.tobytes(), number)
-        runs = [np.unique(self._runs(word_W)[0]) for word_W in self._texts]
-        run_G = np.concatenate([np.zeros(0, np.uint64), *runs])
-        text_G = np.repeat(np.arange(len(runs), dtype=np.int32), [len(run) for run in runs])
+            words.extend(self._number.setdefault(word, len(self._number) + 1) for word in split(text))
+            least = overlap.exact_words
+            if least is not None and len(words) - begins[-1] >= max(least, 1) and whole(number):
+                self._equal.setdefault(words[begins[-1] :].tobytes(), number)
+            words.append(0)
+            begins.append(len(words))
+        word_W = np.frombuffer(words, np.int32)
+        self._texts = [word_W[begin : end - 1] for begin, end in pairwise(begins)]
+        run_G, at_G = self._runs(word_W)
+        text_G = np.searchsorted(begins, at_G, side="right").astype(np.int32) - np.int32(1)
         order_G = np.lexsort((text_G, run_G))
-        self._text_G = text_G[order_G]
-        self._run_U, self._begins_U = np.unique(run_G[order_G], return_index=True)
+        run_G, text_G = run_G[order_G], text_G[order_G]
+        first_G = np.append(True, (run_G[1:] != run_G[:-1]) | (text_G[1:] != text_G[:-1]))[: len(run_G)]
+        run_G, self._text_G = run_G[first_G], text_G[first_G]
+        self._run_U, self._begins_U = np.unique(run_G, return_index=True)
         self._ends_U = np.append(self._begins_U[1:], len(run_G))
 
     def find(self, text: str) -> tuple[Repeated | None, list[int]]:
@@ -70,7 +79,7 @@ class EvaluationTexts:
         word_W = np.array([self._number.get(word, 0) for word in words], np.int32)
         run_W, at_W = self._runs(word_W)
         sharing, runs = self._sharing(run_W)
-        if self._overlap.exact and len(words) and (same := self._equal.get(word_W.tobytes())) is not None:
+        if (same := self._equal.get(word_W.tobytes())) is not None:
             return Repeated(same, True, len(words), len(words), len(words), tuple(words)), sharing.tolist()
         for number in sharing[np.argsort(-runs, kind="stable")].tolist():
             its_W = self._texts[number]

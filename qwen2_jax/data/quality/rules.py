@@ -91,7 +91,7 @@ class Overlap:
 
     A training text goes when it shares a run of `ngram` words with an evaluation text, and |LCS| is at least `min_lcs`
     and a large enough share of the length that `lcs_of` names: at least `lcs_ratio` of it (`qwen2`), or more than that
-    (`strict`, `qwen2_math`). Under `exact` it also goes when it equals an evaluation text, however short.
+    (`strict`, `qwen2_math`). With `exact_words` it also goes when it equals the question of an evaluation item.
     """
 
     ngram: int = 13
@@ -105,8 +105,8 @@ class Overlap:
     evaluation text or of the training text."""
     strict: bool = False
     """Must |LCS| be more than that share, not only reach it?"""
-    exact: bool = False
-    """Does a text equal to an evaluation text go at any length?"""
+    exact_words: int | None = None
+    """Fewest words of a question that a text equal to it goes for, whatever else is asked; none: it does not."""
     keep_case: bool = False
     """Are upper and lower case different? (Not published.)"""
     symbols: Literal["space", "delete"] = "space"
@@ -117,6 +117,8 @@ class Overlap:
         for name in ("ngram", "min_lcs"):
             if getattr(self, name) < 1:
                 raise _refused(self, name, "at least 1")
+        if self.exact_words is not None and self.exact_words < 1:
+            raise _refused(self, "exact_words", "at least 1, or none")
         if not 0 <= self.lcs_ratio <= 1:
             raise _refused(self, "lcs_ratio", "from 0 to 1")
 
@@ -127,8 +129,9 @@ class Overlap:
         return max(self.min_lcs, int(share) + 1 if self.strict else -int(-share // 1))
 
 
-# Qwen2's report, section 5.2.6; Qwen2-Math: exact match, and 13-grams with a ratio above 0.6.
-OVERLAP_RULES = {"qwen2": Overlap(), "qwen2_math": Overlap(strict=True, exact=True)}
+# Qwen2's report, section 5.2.6; Qwen2-Math: exact match, and 13-grams with a ratio above 0.6. From three words on, as
+# shorter "questions" are such as XCOPA's "cause", which any heading equals; "Compute arcsin 1" is one of MATH's.
+OVERLAP_RULES = {"qwen2": Overlap(), "qwen2_math": Overlap(strict=True, exact_words=3)}
 
 
 def _refused(settings: Any, name: str, needed: str) -> UserError:

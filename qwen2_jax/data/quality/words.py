@@ -7,10 +7,13 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
-# Scripts that put no space between words: each of their characters is a word of its own.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"     # Thai and Lao, Burmese, Khmer
+# Scripts that put no space between words: each of their characters, with its marks, is a word of its own.
+_UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"     # Thai and Lao, Burmese, Khmer
                        "\u2e80-\u2fdf\u3005-\u3007\u3021-\u302f\u3040-\u30ff\u3105-\u312f\u31a0-\u31ff"
-                       "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")    # Chinese, Japanese
+                       "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff")    # Chinese, Japanese
+_MARKS = "".join(char for char in map(chr, range(0x0E00, 0x3100)) if unicodedata.category(char)[0] == "M")
+_WORD = re.compile(f"[{_UNSPACED}][{_MARKS}]*|[^ {_UNSPACED}]+")
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _LOOKED_AT = 10_000
 
 
@@ -20,7 +23,7 @@ def is_mostly_unspaced(text: str) -> bool:
     if text.isascii():
         return False
     start = text[:_LOOKED_AT]
-    return 2 * len(_UNSPACED.findall(start)) > sum(map(str.isalpha, start))
+    return 2 * len(_UNSPACED_CHARACTER.findall(start)) > sum(map(str.isalpha, start))
 
 
 @dataclass(frozen=True)
@@ -36,30 +39,30 @@ class Words:
     symbols: Literal["space", "delete"] = "space"
 
     def __call__(self, text: str) -> list[str]:
-        return self._folded(text).translate(_APART[self.symbols]).split()
+        text = self.joined(text)
+        return text.split() if text.isascii() else _WORD.findall(text)
 
     def joined(self, text: str) -> str:
         """The words with single spaces between them, none added in scripts without spaces; for a tokenizer."""
-        return " ".join(self._folded(text).translate(_TOGETHER[self.symbols]).split())
-
-    def _folded(self, text: str) -> str:
         text = unicodedata.normalize("NFKC", text)
-        # Folding can undo the form that was just made ("ΐ" becomes three code points), hence once more.
-        return text if self.keep_case else unicodedata.normalize("NFKC", text.casefold())
+        if not self.keep_case:
+            # Folding can undo the form that was just made ("ΐ" becomes three code points), hence once more.
+            text = unicodedata.normalize("NFKC", text.casefold())
+        return " ".join(text.translate(_TABLES[self.symbols]).split())
 
 
 class _Separators(dict[int, str]):
     """What `str.translate` puts for a code point, worked out when it is first met."""
 
-    def __init__(self, symbol: str, *, apart: bool):
+    def __init__(self, symbol: str):
         super().__init__()
-        self.symbol, self.apart = symbol, apart
+        self.symbol = symbol
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
         match unicodedata.category(char)[0]:
             case "L" | "M" | "N":
-                self[code] = f" {char} " if self.apart and _UNSPACED.match(char) else char
+                self[code] = char
             case "P" | "S":
                 self[code] = self.symbol
             case _:     # spaces, controls, lone surrogates
@@ -67,5 +70,4 @@ class _Separators(dict[int, str]):
         return self[code]
 
 
-_APART, _TOGETHER = ({"space": _Separators(" ", apart=apart), "delete": _Separators("", apart=apart)}
-                     for apart in (True, False))
+_TABLES = {"space": _Separators(" "), "delete": _Separators("")}

@@ -51,10 +51,11 @@ def test_planted_contamination(tmp_path):
 
 
 def test_equal_texts_under_qwen2_math(tmp_path):
-    kept, removed, _ = run(tmp_path, ["What, why?", "What why who?"], [{"question": "what why"}],
+    texts = ["What, when, why?", "What, when, why, who?", "That is it"]
+    kept, removed, _ = run(tmp_path, texts, [{"answer": "That is it.", "question": "what when why"}],
                            OVERLAP_RULES["qwen2_math"])
-    assert kept == ["What why who?"]
-    assert (removed[0]["reason"], removed[0]["shared"]) == ("equals_evaluation_text", "what why")
+    assert kept == texts[1:]
+    assert (removed[0]["reason"], removed[0]["shared"]) == ("equals_evaluation_question", "what when why")
 
 
 def test_bad_rows_are_told(tmp_path):

@@ -70,13 +70,22 @@ def test_what_is_kept_may_be_spread_behind_the_run():
     assert found(spread[::-1]) is None      # in another order there is no run
 
 
-@pytest.mark.parametrize(("words", "exact"), [(3, True), (12, True), (13, True)])
-def test_an_equal_text_goes_at_any_length_under_qwen2_math(words, exact):
+@pytest.mark.parametrize("words", [3, 12, 13])
+def test_a_text_equal_to_a_question_goes_under_qwen2_math(words):
     hit = found(QUESTION[:words], QUESTION[:words], rule="qwen2_math")
-    assert hit.exact is exact
+    assert hit.exact
     assert hit.shared == tuple(QUESTION[:words])
+    assert found(QUESTION[:2], QUESTION[:2], rule="qwen2_math") is None
     assert (found(QUESTION[:words], QUESTION[:words]) is not None) is (words == 13)
     assert found(QUESTION[:words], [*QUESTION[:words], "x"], rule="qwen2_math", min_lcs=100) is None
+
+
+def test_a_text_equal_to_an_answer_does_not_go_for_that():
+    texts = EvaluationTexts(["two short words", "two short words"], OVERLAP_RULES["qwen2_math"], Words(),
+                            whole=[False, True].__getitem__)
+    assert texts.find("Two short words!")[0].evaluation == 1
+    texts = EvaluationTexts(["two short words"], OVERLAP_RULES["qwen2_math"], Words(), whole=[False].__getitem__)
+    assert texts.find("Two short words!") == (None, [])
 
 
 def test_options_change_the_rule():
@@ -109,7 +118,7 @@ def by_comparing_everything(training: list[str], evaluation: list[list[str]], ru
         return {tuple(words[i : i + rule.ngram]) for i in range(len(words) - rule.ngram + 1)}
 
     sharing = [k for k, words in enumerate(evaluation) if runs(words) & runs(training)]
-    equal = rule.exact and bool(training) and training in evaluation
+    equal = rule.exact_words is not None and len(training) >= rule.exact_words and training in evaluation
     hits = {k for k in sharing
             if by_table(training, evaluation[k]) >= rule.needed_lcs(len(training), len(evaluation[k]))}
     return equal, hits, sharing
@@ -119,9 +128,9 @@ some_words = st.lists(st.sampled_from("abc"), max_size=14)
 
 
 @given(some_words, st.lists(some_words, max_size=4), st.integers(1, 4), st.integers(1, 5), st.booleans(),
-       st.sampled_from(["shorter", "evaluation", "training"]))
-def test_equals_comparing_everything(training, evaluation, ngram, min_lcs, strict, lcs_of):
-    rule = Overlap(ngram=ngram, min_lcs=min_lcs, strict=strict, exact=strict, lcs_of=lcs_of)
+       st.none() | st.integers(1, 4), st.sampled_from(["shorter", "evaluation", "training"]))
+def test_equals_comparing_everything(training, evaluation, ngram, min_lcs, strict, exact_words, lcs_of):
+    rule = Overlap(ngram=ngram, min_lcs=min_lcs, strict=strict, exact_words=exact_words, lcs_of=lcs_of)
     hit, sharing = EvaluationTexts(map(" ".join, evaluation), rule, Words()).find(" ".join(training))
     equal, hits, expected = by_comparing_everything(training, evaluation, rule)
     assert sharing == expected

@@ -17,6 +17,7 @@ from qwen2_jax.settings import settings
     (MinHashRule, "shingle", 0, "shingle is 0: it must be at least 1"),
     (MinHashRule, "seed", -1, "seed is -1: it must be from 0 to 2^32 - 1"),
     (Overlap, "ngram", 0, "ngram is 0: it must be at least 1"),
+    (Overlap, "exact_words", 0, "exact_words is 0: it must be at least 1, or none"),
     (Overlap, "lcs_ratio", 1.2, "lcs_ratio is 1.2: it must be from 0 to 1"),
 ])
 def test_refuses(cls, field, value, message):
