@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,8 +70,8 @@ def _detected(seconds: float) -> tuple[str, int, int, Any]:
 
 
 def _number(name: str, value: str | None) -> int:
-    if value is None or not value.isascii() or not value.isdecimal():
-        raise UserError(f"{name} must be a whole number, found {value!r}")
+    if value is None or not re.fullmatch("[0-9]{1,9}", value):
+        raise UserError(f"{name} must be a whole number, found {value and value[:40]!r}")
     return int(value)
 
 

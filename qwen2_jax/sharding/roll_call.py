@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import socket
 import time
+from collections.abc import Sequence
 
 from qwen2_jax.errors import UserError
 
@@ -19,6 +21,12 @@ COORDINATOR, PROCESSES, PROCESS = "QWEN2_JAX_COORDINATOR", "QWEN2_JAX_PROCESSES"
 SECONDS = 60.0
 LINE = 4096
 """Most bytes of a message."""
+MOST_PROCESSES = 2**20
+"""More than any pod has hosts, and a number that can be counted up to."""
+LONGEST_HOST = 253
+"""Letters of a host's name (RFC 1035, 2.3.4)."""
+NAMED = 16
+"""Processes that a message names, one by one."""
 
 
 def roll_call(address: str, processes: int, process: int, *, seconds: float = SECONDS) -> None:
@@ -30,9 +38,12 @@ def roll_call(address: str, processes: int, process: int, *, seconds: float = SE
       process: which this one is, from 0.
 
     Raises UserError, on every process that is there: some did not come within `seconds` (their numbers are named),
-    two have one number, they disagree on how many there are, or process 0 does not answer.
+    two have one number, they disagree on how many there are, or process 0 does not answer; at once: what is no address
+    or no number of processes.
     """
     host, port = _parse(address)
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise UserError(f"{PROCESSES}: there must be 1 to {MOST_PROCESSES} processes, found {processes}")
     if not 0 <= process < processes:
         raise UserError(f"process number {process} must lie between 0 and {processes - 1}")
     if process == 0:
@@ -43,8 +54,15 @@ def roll_call(address: str, processes: int, process: int, *, seconds: float = SE
 
 def _parse(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"the address of process 0 must be host:port, found {address!r}")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise UserError(f"the address of process 0 must be host:port, found {address[:LONGEST_HOST]!r}")
+    try:
+        host.encode("idna")     # as looking it up does: an empty part, or one of more than 63 letters, has no address
+    except UnicodeError as e:
+        raise UserError(f"the address of process 0 must be host:port, and no host is called {host[:40]!r}: {e}") from e
+    if len(host) > LONGEST_HOST:
+        raise UserError(f"the address of process 0 must be host:port, and no host's name is longer than {LONGEST_HOST} "
+                        f"letters: {host[:40]!r} … has {len(host)}")
     return host.strip("[]"), int(port)
 
 
@@ -91,12 +109,18 @@ def _enter(there: dict[int, str], processes: int, number: int, count: int, host:
 def _absent(there: dict[int, str], processes: int, seconds: float) -> str:
     absent = sorted(set(range(processes)) - there.keys())
     return (f"{len(absent)} of {processes} processes did not come within {seconds:.0f} seconds: number "
-            f"{', '.join(map(str, absent))}. There are "
-            f"{', '.join(f'{number} on {host}' for number, host in sorted(there.items()))}")
+            f"{_named(absent)}. There are {_named([f'{number} on {host}' for number, host in sorted(there.items())])}")
+
+
+def _named(items: Sequence[int | str]) -> str:
+    """Few enough of them for one message to hold."""
+    more = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
+    return ", ".join([*map(str, items[:NAMED]), *more])
 
 
 def _answer(host: str, port: int, processes: int, process: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
+    unknown = None
     me = json.dumps({"process": process, "processes": processes, "host": platform.node()}).encode()
     while True:
         try:
@@ -104,13 +128,16 @@ def _answer(host: str, port: int, processes: int, process: int, seconds: float) 
                 peer.sendall(me)
                 peer.settimeout(seconds + 10)   # process 0 may have started that much later, and says who is absent
                 answer = json.loads(peer.recv(LINE) or b"{}")
-        except socket.gaierror as e:
-            raise UserError(f"process {process} cannot find process 0's host {host}: {e.strerror}") from e
+        except socket.gaierror as e:        # its name may come with it, as that of a pod of Kubernetes does
+            answer, unknown = {}, e
         except (OSError, ValueError):
-            answer = {}
+            answer, unknown = {}, None
         if "problem" in answer:
             break
         if time.monotonic() >= deadline:
+            if unknown is not None:
+                raise UserError(f"process {process} cannot find process 0's host {host} within {seconds:.0f} s: "
+                                f"{unknown.strerror}") from unknown
             raise UserError(f"process {process}: process 0 at {host}:{port} did not answer within {seconds:.0f} s")
         time.sleep(0.2)
     if answer["problem"]:

@@ -83,11 +83,50 @@ def test_strangers_are_passed_over():
 @pytest.mark.parametrize("address, process, message", [
     ("localhost", 0, "must be host:port, found 'localhost'"), ("a:99999", 0, "must be host:port"),
     ("localhost:80", 2, "process number 2 must lie between 0 and 1"),
-    ("no-such-host.invalid:9", 1, "cannot find process 0's host no-such-host.invalid"),
+    ("no-such-host.invalid:9", 1, "cannot find process 0's host no-such-host.invalid within 0 s"),
+    ("localhost:" + 5000 * "9", 0, "must be host:port"), ("localhost:٨٠", 0, "must be host:port"),
 ])
 def test_what_is_refused(address, process, message):
     with pytest.raises(UserError, match=message):
         roll_call(address, 2, process, seconds=0.5)
+
+
+@pytest.mark.parametrize("host, message", [
+    ("a..b", "no host is called 'a..b'"), (5000 * "a", "no host is called 'a{40}'"),
+    (100 * "ab." + "c", "longer than 253 letters: .* has 301"),
+])
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_that_can_never_be_found_is_refused_at_once(host, message, process):
+    with pytest.raises(UserError, match=message):
+        roll_call(f"{host}:80", 2, process, seconds=1000)
+
+
+def test_a_host_whose_name_comes_later(monkeypatch):
+    port, known = free_port(), []
+    look_up = socket.getaddrinfo
+
+    def later(host, *args, **kwargs):
+        if host != "worker-0":
+            return look_up(host, *args, **kwargs)
+        known.append(host)
+        if len(known) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up("127.0.0.1", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", later)
+    assert call_all((0, 2), (1, 2), address=f"worker-0:{port}") == [None, None] and len(known) >= 3
+
+
+@pytest.mark.parametrize("processes", [0, 10**9])
+def test_no_number_of_processes(processes):
+    with pytest.raises(UserError, match=f"{PROCESSES}: there must be 1 to 1048576 processes, found {processes}"):
+        roll_call("localhost:80", processes, 0, seconds=0.5)
+
+
+def test_many_absent_ones_fit_into_the_message():
+    said = call_all((0, 5000), (1, 5000), seconds=0.5)
+    assert said[0] == said[1] and "4998 of 5000 processes did not come" in said[0]
+    assert "number 2, 3, 4" in said[0] and ", 17, and 4982 more. There are 0 on" in said[0]
 
 
 def test_a_port_in_use():
@@ -102,6 +141,9 @@ def test_start():
         start({COORDINATOR: "a:1", PROCESSES: "2"})
     with pytest.raises(UserError, match=f"{PROCESSES} must be a whole number, found 'two'"):
         start({COORDINATOR: "a:1", PROCESSES: "two", PROCESS: "0"})
+    for number in (5000 * "9", 20 * "9", "٤", "-1"):
+        with pytest.raises(UserError, match=f"{PROCESSES} must be a whole number, found '{number[:40]}'"):
+            start({COORDINATOR: "a:1", PROCESSES: number, PROCESS: "0"})
 
 
 def test_processes_that_others_have_started(monkeypatch):
