@@ -201,7 +201,8 @@ class _Array:
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self._dtype = path, dtype
         self.length = self.checksum = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._stream = open(path, "r+b" if path.exists() else "w+b", buffering=0)   # closing it twice does nothing
+        self._file = self._stream.fileno()
 
     def append(self, array: np.ndarray) -> None:
         data = array.astype(self._dtype, copy=False).tobytes()
@@ -229,7 +230,7 @@ class _Array:
         self.close()
 
     def close(self) -> None:
-        os.close(self._file)
+        self._stream.close()
 
     def _end(self) -> int:
         return HEADER + self.length * self._dtype.itemsize

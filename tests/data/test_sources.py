@@ -155,7 +155,7 @@ def test_bad_rows_are_told_with_file_line_and_reason(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert texts_of(path, max_bad_rows=len(expected)) == ["good", "also good"]
     assert f"{path}:4: no key 'text': skipped" in caplog.messages
-    with pytest.raises(UserError, match=rf"a\.jsonl:14: no JSON.*13 bad rows, and --max-bad-rows is {len(expected) - 1}"):
+    with pytest.raises(UserError, match=r"a\.jsonl:14: no JSON.*13 bad rows, and --max-bad-rows is 12"):
         texts_of(path, max_bad_rows=len(expected) - 1)
 
 
@@ -177,7 +177,7 @@ def test_empty_files_have_no_rows_which_is_told(tmp_path, caplog):
 def test_a_row_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text_source, "MOST_BYTES", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"short\n" + b"x" * (2 << 20))
-    with pytest.raises(UserError, match=r"a\.txt, row 1: more than 1 MiB in one document; cut it up, or take --document"):
+    with pytest.raises(UserError, match=r"a\.txt, row 1: more than 1 MiB in one document; cut it up, or take --doc"):
         texts_of(tmp_path)
     with pytest.raises(UserError, match=r"a\.txt, row 2: more than 1 MiB in one document; cut it up$"):
         monkeypatch.setattr(text_source, "PIECE_BYTES", 3)
@@ -295,7 +295,7 @@ def test_folders_and_globs(tmp_path, caplog):
     ("missing.jsonl", r"missing\.jsonl does not exist"),
     ("*.jsonlx", r"no file matches .*\*\.jsonlx"),
     ("a.csv", r"a\.csv: the ending tells no format; known are \.jsonl.*--format names it"),
-    ("a.tfrecord-00000-of-00001", r"a\.tfrecord: TFRecord files are read by TensorFlow only.*--file_format=array_record"),
+    ("a.tfrecord-00000-of-00001", r"a\.tfrecord: TFRecord files are read by TensorFlow only.*--file_format=array"),
     ("a.parquet.gz", r"parquet files are compressed inside; undo the gzip"),
     ("empty", r"empty holds no file with a known ending"),
     ("/dev/null", r"/dev/null is neither a file nor a folder"),

@@ -94,5 +94,5 @@ def test_a_folder_prepared_as_tfrecord_is_explained(data_dir, tmp_path):
     for path in folder.glob("*.array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     for source, options in ((folder, {}), ("tfds:our_text", {"tfds_dir": str(tmp_path)})):
-        with pytest.raises(UserError, match="is not prepared as ArrayRecord.*TFRecord.*tfds build NAME --file_format"):
+        with pytest.raises(UserError, match=r"is not prepared as ArrayRecord.*TFRecord.*tfds build NAME --file_format"):
             texts_of(source, **options)
