@@ -93,9 +93,10 @@ class EvaluationTexts:
 
     def _sharing(self, run_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the evaluation texts with one of these runs, ascending, and how many different ones each has."""
-        place_W = np.searchsorted(self._run_U, run_W)
-        shared_W = np.append(self._run_U, np.uint64(0))[place_W] == run_W
-        shared_U = np.unique(place_W[shared_W & (place_W < len(self._run_U))])
+        if not len(self._run_U):
+            run_W = run_W[:0]
+        place_W = np.minimum(np.searchsorted(self._run_U, run_W), len(self._run_U) - 1)
+        shared_U = np.unique(place_W[self._run_U[place_W] == run_W])
         texts = [self._text_G[self._begins_U[u] : self._ends_U[u]] for u in shared_U]
         return np.unique(np.concatenate([np.zeros(0, np.int32), *texts]), return_counts=True)
 
