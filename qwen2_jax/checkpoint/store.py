@@ -8,7 +8,6 @@ checkpoint that `open_checkpoint` reads, with the config.json that lies in it or
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import threading
@@ -17,15 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from qwen2_jax.checkpoint import digests, fault, step_folders
+from qwen2_jax.checkpoint import digests, fault, orbax_step, step_folders
 from qwen2_jax.checkpoint.digests import Record
-from qwen2_jax.checkpoint.pieces import PART_BYTES
 from qwen2_jax.checkpoint.staging import naming_disk_errors
 from qwen2_jax.checkpoint.step_folders import DamagedCheckpoint
+from qwen2_jax.checkpoint.together import Together
 from qwen2_jax.errors import UserError
 from qwen2_jax.ops.quant import refuse_quantized
 from qwen2_jax.sharding import distributed
@@ -35,14 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ABOUT = "about"
-_BEFORE_DIGESTS = "position"
-"""The entry that versions without digests had in the place of `about`."""
-_SECONDS = 1200.0
-"""How long one process waits for what another writes or reads, as Orbax does."""
 _QUIET = 0.5
 """Seconds without a new file after which nothing is taken to be written any more of a step that failed."""
-_numbers = itertools.count()
 
 
 class Store:
@@ -50,7 +41,7 @@ class Store:
     calls. One thread uses a Store.
 
     Args:
-      path: the run's folder, made when it is missing; "gs://…" for a bucket.
+      path: the run's folder, made when it is missing; "gs://…", or an epath.Path, for a bucket.
       keep: how many of the newest steps stay.
       keep_every: multiples of it stay for ever.
       keep_best: how many of those with the lowest metric stay. Step 0 stays too, if it was saved.
@@ -60,23 +51,24 @@ class Store:
     run. What a killed run has left half done is removed.
     """
 
-    def __init__(self, path: str | Path, *, keep: int = 3, keep_every: int | None = None, keep_best: int = 0,
+    def __init__(self, path: str | AnyPath, *, keep: int = 3, keep_every: int | None = None, keep_best: int = 0,
                  read_only: bool = False):
         if keep < 1 or keep_best < 0 or (keep_every is not None and keep_every < 1):
             raise UserError("keep must be at least 1, keep_every at least 1 or none, keep_best at least 0: found "
                             f"{keep}, {keep_every}, {keep_best}")
-        self.path: AnyPath = epath.Path(path) if "://" in str(path) else Path(path).expanduser().absolute()
+        remote = isinstance(path, epath.Path) or "://" in str(path)
+        self.path: AnyPath = epath.Path(path) if remote else Path(path).expanduser().absolute()
         self.read_only = read_only
         self._policy = {"last": keep, "every": keep_every, "best": keep_best}
-        self._number, self._talks = next(_numbers), itertools.count()
+        self._processes = Together()
         self._background: threading.Thread | None = None
         self._error: BaseException | None = None
         self._metrics: dict[int, float] = {}    # of steps that are being saved
         self._mine: set[int] = set()
         self._lock = threading.Lock()           # digests.json is replaced here and in the background
-        self._checkpointer = _checkpointer(self.path)
+        self._checkpointer = orbax_step.checkpointer(self.path)
         self._unlock: Callable[[], Any] = lambda: None
-        self._newest = self._together("opening", self._open)
+        self._newest = self._processes.first("opening", self._open)
 
     def _open(self) -> int:
         """The newest step there, -1 without one."""
@@ -114,15 +106,12 @@ class Store:
             raise UserError(f"{self.path} holds step {self._newest}, so step {step} cannot be saved after it: discard "
                             "the steps from there on first, or choose another folder")
         needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(state)))
-        items = {name: ocp.args.StandardSave(tree, save_args=jax.tree.map(_chunks, tree))
-                 for name, tree in state.items()}
-        args = ocp.args.Composite(**items, **{ABOUT: ocp.args.JsonSave(dict(about))})
         if metric is not None:
             self._metrics[step] = float(metric)
         with self._cleaning_up(step, needed):
             if distributed.is_first():
                 step_folders.mark_saving(self.path, step)
-            self._checkpointer.save(self.path / str(step), args=args)
+            self._checkpointer.save(self.path / str(step), args=orbax_step.save_args(state, about))
         self._background = threading.Thread(target=self._finish, args=(step, self._newest, needed), name="save")
         self._mine.add(step)
         self._newest = step
@@ -135,10 +124,10 @@ class Store:
         try:
             with self._cleaning_up(step, needed):
                 self._checkpointer.wait_until_finished()
-                names = self._together("files", lambda: digests.file_names(folder))
-                found = self._everywhere(
+                names = self._processes.first("files", lambda: digests.file_names(folder))
+                found = self._processes.each(
                     "digests", lambda share: digests.digest_files(folder, names[share], flush=True))
-                self._together("commit", lambda: self._commit(step, found))
+                self._processes.first("commit", lambda: self._commit(step, found))
             if distributed.is_first():
                 self._retire()
         except BaseException as e:      # raised again in the thread that trains
@@ -159,13 +148,13 @@ class Store:
 
     def _retire(self) -> None:
         """Removes what is not kept. The run does not end because an old step cannot be removed."""
-        there = {step: record.metric for step, record in step_folders.records(self.path).items()}
-        for step in sorted(there.keys() - step_folders.kept(there, **self._policy)):
-            try:
+        try:
+            there = {step: record.metric for step, record in step_folders.records(self.path).items()}
+            for step in sorted(there.keys() - step_folders.kept(there, **self._policy)):
                 with self._lock:
                     step_folders.remove_step(self.path, step)
-            except OSError as e:
-                log.warning("checkpoint %d of %s cannot be removed: %s", step, self.path, e)
+        except OSError as e:
+            log.warning("%s: an old checkpoint cannot be removed: %s", self.path, e)
 
     @contextlib.contextmanager
     def _cleaning_up(self, step: int, needed: int) -> Iterator[None]:
@@ -176,9 +165,7 @@ class Store:
             except BaseException:
                 self._metrics.pop(step, None)
                 if distributed.is_first() and not digests.has_record(self.path / str(step)):
-                    for thread in threading.enumerate():    # the first error ends Orbax's waiting, not its writing
-                        if type(thread).__module__.startswith("orbax."):
-                            thread.join(_QUIET)
+                    orbax_step.wait_for_writers(_QUIET)
                     with contextlib.suppress(OSError):      # then the next opening removes it
                         step_folders.remove_unfinished(self.path, step, quiet=_QUIET)
                 raise
@@ -208,7 +195,7 @@ class Store:
                     step_folders.remove_step(self.path, s)
             return above
 
-        gone = self._together("discarding", discard)
+        gone = self._processes.first("discarding", discard)
         self._mine -= set(gone)
         self._newest = min(self._newest, step)
         return gone
@@ -225,22 +212,16 @@ class Store:
         there is no such step, or when what was saved has other names or shapes.
         """
         self.wait()
-        chosen: int = self._together("step to restore", lambda: self._choose(step))
+        chosen: int = self._processes.first("step to restore", lambda: self._choose(step))
         folder = self.path / str(chosen)
         if verify:
-            self._refuse_damage(chosen, {*like, ABOUT})
+            self._refuse_damage(chosen, {*like, orbax_step.ABOUT})
         try:
-            about = next((entry for entry in (ABOUT, _BEFORE_DIGESTS) if (folder / entry).is_dir()), ABOUT)
-            for name, tree in like.items():
-                _check_shapes(folder, name, tree)
-            items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-            restored = self._checkpointer.restore(
-                folder, args=ocp.args.Composite(**items, **{about: ocp.args.JsonRestore()}))
+            return orbax_step.read(self._checkpointer, folder, like)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
             if verify:
                 raise
             raise UserError(f"checkpoint {folder} cannot be read: {(str(e).splitlines() or [repr(e)])[0]}") from e
-        return {name: restored[name] for name in like}, restored[about]
 
     def _choose(self, step: int | None) -> int:
         there = step_folders.step_folders(self.path)
@@ -253,12 +234,12 @@ class Store:
     def _refuse_damage(self, step: int, entries: Collection[str]) -> None:
         found = self._damages(step, entries)
         if found:
-            others = self._together("other steps", lambda: step_folders.committed_steps(self.path))
+            others = self._processes.first("other steps", lambda: step_folders.committed_steps(self.path))
             good = next((s for s in reversed(others) if s != step and not self._damages(s)), None)
             raise DamagedCheckpoint(self.path / str(step), found, good)
 
     def _damages(self, step: int, entries: Collection[str] | None = None) -> list[str]:
-        return list(self._everywhere("damages", lambda share: dict.fromkeys(
+        return list(self._processes.each("damages", lambda share: dict.fromkeys(
             digests.damages(self.path / str(step), entries, share=(share.start, share.step)))))
 
     def steps(self) -> list[int]:
@@ -272,7 +253,7 @@ class Store:
     def newest_good(self) -> int | None:
         """The newest step whose files all are as they were written, None when there is none. Reads them."""
         self.wait()
-        steps = self._together("steps", self.steps)
+        steps = self._processes.first("steps", self.steps)
         return next((step for step in reversed(steps) if not self._damages(step)), None)
 
     def check(self) -> None:
@@ -295,90 +276,3 @@ class Store:
         finally:
             self._checkpointer.close()
             self._unlock()
-
-    def _together(self, subject: str, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns in process 0, in all processes; its error too."""
-        return self._exchange(subject, decide if distributed.is_first() else lambda: None)[0]
-
-    def _everywhere(self, subject: str, part: Callable[[slice], dict[str, Any]]) -> dict[str, Any]:
-        """The dicts that the processes make, each of its share of a list, joined; in all of them."""
-        share = slice(jax.process_index(), None, jax.process_count())
-        return {key: value for found in self._exchange(subject, lambda: part(share)) for key, value in found.items()}
-
-    def _exchange(self, subject: str, act: Callable[[], Any]) -> list[Any]:
-        """What `act` (JSON) returns in each process, in all of them. An error of one is raised in all."""
-        mine, error = None, None
-        try:
-            mine = act()
-        except Exception as e:
-            error = e
-        heard = distributed.exchange(f"checkpoints ({self._number}.{next(self._talks)}, {subject})",
-                                     [mine, None if error is None else str(error) or repr(error)],
-                                     seconds=_SECONDS, forget=True)
-        if error is not None:
-            raise error
-        for number, (_, text) in enumerate(heard):
-            if text is not None:
-                raise UserError(f"process {number}: {text}")
-        return [value for value, _ in heard]
-
-
-def _told_by_us(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax's threads log when a save fails: `Store` raises the error, in a sentence."""
-    trace = record.exc_info[2] if record.exc_info else None
-    return trace is None or "orbax" not in Path(trace.tb_frame.f_code.co_filename).parts
-
-
-logging.getLogger("absl").addFilter(_told_by_us)
-
-
-def _checkpointer(path: AnyPath) -> ocp.AsyncCheckpointer:
-    """Orbax's, with the points of `fault` where they are, if the environment names one."""
-    handler, temporary = ocp.CompositeCheckpointHandler(), None
-    if fault.armed():
-        finalize = handler.finalize
-
-        def finalize_or_die(directory: epath.Path) -> None:
-            fault.reach("mid_write")
-            finalize(directory)
-
-        handler.finalize = finalize_or_die      # a subclass would be unknown to Orbax's registry
-        base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(epath.Path(path))
-
-        class Dying(base):
-            async def create(self):
-                made = await super().create()
-                fault.reach("after_temporary_folder")
-                return made
-
-            async def finalize(self):
-                fault.reach("before_rename")
-                await super().finalize()
-                fault.reach("after_rename")
-
-        temporary = Dying
-    return ocp.AsyncCheckpointer(handler, temporary_path_class=temporary)
-
-
-def _check_shapes(folder: AnyPath, name: str, like: Any) -> None:
-    """Raises UserError unless entry `name` of a step has the names and shapes of `like`; a dtype may be cast."""
-    if not (folder / name).is_dir():
-        raise UserError(f"{folder} holds no {name}")
-    saved = _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder / name)).tree)
-    wanted = _shapes(like)
-    for path in sorted(saved.keys() | wanted.keys()):
-        if saved.get(path) != wanted.get(path):
-            found, needed = (f"has shape {list(s[path])}" if path in s else "has none" for s in (saved, wanted))
-            raise UserError(f"{folder / name} does not fit at {path}: the checkpoint {found}, this program {needed}")
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
-
-
-def _chunks(leaf: Any) -> ocp.SaveArgs:
-    """One layer and one expert a chunk, at most PART_BYTES: a conversion reads a stack slice by slice, and a device of
-    another mesh its own part and little more. OCDBT packs them into few files."""
-    if math.prod(np.shape(leaf)) == 0:
-        return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=PART_BYTES, shard_axes=tuple(range(max(0, np.ndim(leaf) - 2))))

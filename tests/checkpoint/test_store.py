@@ -1,4 +1,6 @@
+import logging
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from qwen2_jax.checkpoint import files
 from qwen2_jax.checkpoint.convert import convert
@@ -93,6 +96,75 @@ def test_keeps_the_newest_and_the_first(tmp_path):
     store.close()
 
 
+def test_the_best_and_every_tenth_stay(tmp_path):
+    store = Store(tmp_path, keep=1, keep_every=10, keep_best=1)
+    metrics = {3: 0.5, 6: 0.2, 9: None, 10: math.nan, 12: 0.4, 15: 0.3}
+    for step, metric in metrics.items():
+        store.save(step, {"params": {"w": jnp.ones(4)}}, {}, metric=metric)
+    store.wait()
+    assert store.steps() == [6, 10, 15]
+    store.set_metric(15, 0.1)       # evaluated later
+    store.set_metric(12, 0.0)       # gone meanwhile
+    store.save(16, {"params": {"w": jnp.ones(4)}}, {})
+    store.set_metric(16, 0.05)      # while it is being saved
+    store.wait()
+    assert store.steps() == [10, 16]
+    store.save(17, {"params": {"w": jnp.ones(4)}}, {})
+    store.close()
+    assert Store(tmp_path, read_only=True).steps() == [10, 16, 17]
+
+
+def test_steps_only_grow_until_later_ones_are_discarded(tmp_path, caplog):
+    store = Store(tmp_path, keep=3)
+    for step in (2, 4, 6):
+        assert store.save(step, {"params": {"w": jnp.full(4, step)}}, {"of": step})
+    assert not store.save(6, {"params": {"w": jnp.zeros(4)}}, {})       # saved already
+    with pytest.raises(UserError, match="holds step 6, so step 5 cannot be saved after it: discard the steps from"):
+        store.save(5, {"params": {"w": jnp.zeros(4)}}, {})
+    with pytest.raises(ValueError, match="step -1 is negative"):
+        store.save(-1, {"params": {"w": jnp.zeros(4)}}, {})
+    store.close()
+    store = Store(tmp_path, keep=3)
+    with pytest.raises(UserError, match="holds step 6, so step 6 cannot"):      # another run's, perhaps another state
+        store.save(6, {"params": {"w": jnp.zeros(4)}}, {})
+    assert store.discard_after(2) == [4, 6] and store.steps() == [2]
+    assert "checkpoint 6 is removed: the run goes on from 2" in caplog.text
+    assert store.save(4, {"params": {"w": jnp.zeros(4)}}, {"of": "another 4"})
+    assert store.restore({})[1] == {"of": "another 4"}
+    assert store.discard_after(-1) == [2, 4] and store.latest_step() is None
+    store.close()
+
+
+def test_committing_is_logged_after_it_happened(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "qwen2_jax")
+    store = Store(tmp_path)
+    store.save(5, {"params": {"w": jnp.ones(4)}}, {})
+    store.wait()
+    assert re.fullmatch(r"checkpoint 5 committed: [0-9]+ bytes in .*/5", caplog.messages[-1])
+    store.close()
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    first = Store(tmp_path)
+    with pytest.raises(UserError, match="another run is writing checkpoints to"):
+        Store(tmp_path)
+    reader = Store(tmp_path, read_only=True)
+    with pytest.raises(UserError, match="was opened for reading only"):
+        reader.save(0, {"params": {"w": jnp.ones(4)}}, {})
+    first.close()
+    Store(tmp_path).close()
+    with pytest.raises(UserError, match=r"keep must be at least 1.*found 0, None, 0"):
+        Store(tmp_path, keep=0)
+
+
+def test_reading_makes_and_cleans_nothing(tmp_path):
+    reader = Store(tmp_path / "none", read_only=True)
+    assert not (tmp_path / "none").exists() and reader.latest_step() is None
+    (tmp_path / "3.saving").write_text("")
+    Store(tmp_path, read_only=True).close()
+    assert (tmp_path / "3.saving").exists()
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     store = Store(tmp_path / "run")
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -168,3 +240,22 @@ def test_a_full_disk_is_named_and_leaves_the_last_step(small_disk, capfd):
     again = Store(small_disk / "run", read_only=True)
     assert again.steps() == [0, 1] and again.restore({})[1] == {"again": True}
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_as_in_a_bucket(tmp_path):
+    """Where folders are not renamed and nothing is flushed; the paths are epath's, the disk is this one."""
+    path = epath.Path(tmp_path / "run")
+    store = Store(path, keep=1)
+    for step in (1, 2, 3):
+        store.save(step, {"params": {"w": jnp.full(4, step)}}, {"of": step})
+    store.set_metric(2, 0.5)
+    store.close()
+    (path / "5.saving").write_text("")
+    (path / "5" / "params").mkdir(parents=True)
+    (path / "2.removing").write_text("")
+    (path / "2" / "params").mkdir(parents=True)
+    store = Store(path, keep=1)
+    assert sorted(p.name for p in path.iterdir()) == ["3"] and store.newest_good() == 3
+    assert store.restore({})[1] == {"of": 3} and store.discard_after(2) == [3]
+    assert not list(path.iterdir())
+    store.close()

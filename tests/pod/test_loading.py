@@ -47,8 +47,9 @@ def stored(folder):
 def test_a_training_state_goes_on_in_other_processes_on_another_mesh(process_env, tmp_path):
     launch(process_env, 2, 2, "tests.pod.restoring", "fsdp=4", tmp_path, "save")
     launch(process_env, 2, 2, "tests.pod.restoring", "data=2,tensor=2", tmp_path, "restore")
-    (saved, position), (restored, found) = (pickle.loads((tmp_path / name).read_bytes())
-                                            for name in ("saved", "restored"))
+    (saved, position, _), (restored, found, refused) = (pickle.loads((tmp_path / name).read_bytes())
+                                                        for name in ("saved", "restored"))
     assert position == found == {"rows": 8}
+    assert "/run/1 is damaged: " in refused and refused.count("is not what was written") == 2
     for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
         np.testing.assert_array_equal(a, b)
