@@ -111,7 +111,7 @@ class _Pool:
         while len(self._processes) < size:
             ours, theirs = context.Pipe()
             # A signal that is blocked here stays blocked in the child, and reaches us after the unblocking.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             try:
                 process = context.Process(target=_serve, args=(theirs, self._start), daemon=True)
                 process.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class MemorySource:
         return self.documents[document][start:stop]
 
 
-def numbered(lengths: Iterable[int], first: int = 0) -> MemorySource:
+def numbered(lengths: Iterable[int], first: int = 0) -> Any:
     """Documents whose tokens tell document and place: (first + document) * 100,000 + place."""
     return MemorySource([np.arange(n) + 100_000 * (first + d) for d, n in enumerate(lengths)])
 

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import Counter
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from qwen2_jax.data.mixture import Ramp
 from qwen2_jax.data.packing import PackedBatch
 from qwen2_jax.data.stream import Stream
 from qwen2_jax.errors import UserError
-from tests.data.streams import MemorySource, T, make_stream, mixed_lengths, numbered, same_bytes
+from tests.data.streams import T, make_stream, mixed_lengths, numbered, same_bytes
 
 LENGTHS = (1, T - 1, T, T + 1, 10 * T)
 
@@ -92,16 +93,16 @@ def test_without_weights_sources_are_mixed_by_size():
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_read_their_rows_alone(hosts):
     whole, stream = make_stream(), make_stream()
+    reading: Any = list(stream.sources.values())
     mine = 8 // hosts
     for n in range(0, 201, 10):
         expected = whole.batch(n)
         parts = []
         for host in range(hosts):
-            for source in stream.sources.values():
-                source.reads.clear()    # pyright: ignore[reportAttributeAccessIssue]
+            for source in reading:
+                source.reads.clear()
             parts.append(stream.batch(n, slice(host * mine, (host + 1) * mine)))
-            read = sum(stop - start - 1 for source in stream.sources.values()
-                       for _, start, stop in source.reads)      # pyright: ignore[reportAttributeAccessIssue]
+            read = sum(stop - start - 1 for source in reading for _, start, stop in source.reads)
             assert read == mine * T
         joined = PackedBatch(*(np.concatenate([getattr(part, field.name) for part in parts])
                                for field in fields(PackedBatch)))
@@ -128,7 +129,7 @@ def test_the_order_is_what_it_was():
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(lambda found: max(found) > 1),
-       st.integers(1, 20), st.integers(1, 5), st.integers(0, 2**63 - 1), st.integers(0, 10**9))
+       st.integers(1, 20), st.integers(1, 5), st.integers(0, 2**63 - 1), st.integers(0, 10**7))
 def test_any_stream(lengths, row_length, batch_size, seed, n):
     stream = Stream({"only": numbered(lengths)}, row_length=row_length, batch_size=batch_size, seed=seed)
     batch = stream.batch(n)
@@ -166,8 +167,9 @@ def test_a_stream_travels_without_its_plans():
     stream = make_stream()
     before = len(pickle.dumps(stream))
     batch = stream.batch(3)
-    for source in stream.sources.values():
-        source.reads.clear()    # pyright: ignore[reportAttributeAccessIssue]
+    reading: Any = list(stream.sources.values())
+    for source in reading:
+        source.reads.clear()
     assert len(pickle.dumps(stream)) == before
     assert same_bytes(pickle.loads(pickle.dumps(stream)).batch(3), batch)
 
@@ -181,7 +183,7 @@ def test_a_stream_travels_without_its_plans():
         ({"seed": 2**63}, "seed must be from 0 to"),
         ({"sources": {}}, "no source is given"),
         ({"sources": {"web": numbered([5]), "code": numbered([1, 0])}}, "'code' has nothing to train on: none of"),
-        ({"sources": {"web": MemorySource([])}}, "'web' has nothing to train on: none of its 0"),
+        ({"sources": {"web": numbered([])}}, "'web' has nothing to train on: none of its 0"),
         ({"weights": {"web": 1.0, "code": 1.0}}, "the sources are web, code, books, weights were given for web, code"),
         ({"weights": {"web": 1.0, "code": 1.0, "books": -1.0}}, "weight of source 'books'"),
     ],
@@ -197,15 +199,6 @@ def test_sources_of_different_tokenizers_are_refused(name, value):
     setattr(sources["code"], name, value)
     with pytest.raises(UserError, match=f"'web' and 'code' were prepared with different tokenizers.* {value}"):
         make_stream(sources=sources)
-
-
-def test_a_document_shorter_than_its_manifest_says_is_named():
-    stream = make_stream(sources={"web": numbered([40] * 10)}, weights={"web": 1})
-    web = stream.sources["web"]
-    assert isinstance(web, MemorySource)
-    web.documents = [document[:20] for document in web.documents]
-    with pytest.raises(UserError, match=r"source 'web': document \d ends after 20 tokens, its manifest says 40"):
-        stream.batch(0)
 
 
 @pytest.mark.parametrize(("n", "rows"), [(-1, slice(None)), (0, slice(4, 9)), (0, slice(3, 3)), (0, slice(0, 8, 2))])
