@@ -8,8 +8,11 @@ import random
 import subprocess
 import sys
 
+import datasketch
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen2_jax.data.quality.minhash import RECALL, Signer, band_rows, near_duplicates
 from qwen2_jax.data.quality.rules import MinHashRule
@@ -37,6 +40,16 @@ def test_equal_hashes_estimate_the_jaccard_similarity(shared, own):
         estimates.append(np.mean(signer(a) == signer(b)))
         assert abs(estimates[-1] - true) < FIVE_DEVIATIONS
     assert abs(np.mean(estimates) - true) < FIVE_DEVIATIONS / math.sqrt(20)    # and without bias
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 6))
+def test_signatures_are_of_every_shingle(words, shingle):
+    sketch = datasketch.MinHash(16, seed=7, scheme="affine32")
+    for i in range(max(len(words) - shingle + 1, 1)):
+        sketch.update(" ".join(words[i : i + shingle]).encode())
+    signer = Signer(MinHashRule(shingle=shingle, permutations=16, seed=7))
+    assert (signer(" ".join(words)) == sketch.hashvalues).all()
 
 
 def test_signatures_are_of_the_set_of_shingles():
@@ -101,6 +114,15 @@ def test_finds_what_comparing_every_pair_finds():
     found = list(near_duplicates(signatures, 0.8))
     assert found == brute_force(signatures, 0.8)
     assert 20 < len(found) < 60
+
+
+@pytest.mark.parametrize("band", range(42))
+def test_one_equal_band_is_enough_to_be_compared(band):
+    """Two of every three hashes are equal, and in one band the third."""
+    assert band_rows(0.5, 128) == 3
+    a = np.arange(128, dtype=np.uint32)
+    b = np.where((a % 3 < 2) | (a == 3 * band + 2), a, a + 500).astype(np.uint32)
+    assert list(near_duplicates(np.stack([a, b]), 0.5)) == [(1, 0, 87 / 128)]
 
 
 def test_the_first_stays_and_what_is_like_a_removed_one_alone_stays_too():
