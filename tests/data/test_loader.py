@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import select
@@ -20,6 +21,7 @@ import pytest
 
 from qwen2_jax.data.loader import Loader
 from qwen2_jax.data.packing import PackedBatch
+from qwen2_jax.data.prepare import prepare
 from qwen2_jax.data.stream import Stream
 from qwen2_jax.errors import UserError
 from tests.data.streams import MemorySource, make_stream, same_bytes
@@ -86,6 +88,23 @@ def test_begins_at_any_step(expected, workers):
     with Loader(make_stream(), 123, workers=workers) as batches:
         for batch, wanted in zip(batches, expected[123:140], strict=False):
             assert same_bytes(batch, wanted)
+
+
+def test_prepared_shards_give_what_their_documents_give(tmp_path, trained_folder, trained):
+    """Read by memory map, over several shards, also by workers."""
+    texts = [f"Document {i} has " + "so many words " * (i % 7 * i) for i in range(60)]
+    files = [tmp_path / f"{n}.jsonl" for n in range(3)]
+    for n, file in enumerate(files):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[20 * n:20 * (n + 1)]))
+    shards = prepare([str(file) for file in files], tmp_path / "out", trained_folder, workers=1, shard_tokens=1)
+    assert len(shards.documents) == 3
+    in_memory: Any = MemorySource([np.array([*trained.encode(text), shards.end_token]) for text in texts])
+    in_memory.vocab, in_memory.end_token = shards.vocab, shards.end_token
+    arguments: Any = {"row_length": 64, "batch_size": 4, "seed": 3}
+    expected = Stream({"only": in_memory}, **arguments)
+    with Loader(Stream({"only": shards}, **arguments), workers=2) as batches:
+        for n, batch in zip(range(50), batches, strict=False):
+            assert same_bytes(batch, expected.batch(n))
 
 
 def test_batches_are_made_ahead():
