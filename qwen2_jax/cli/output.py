@@ -32,6 +32,13 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     _publish(path, stream)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises UserError where `whole_file` would: for those who work long before they write. Leaves nothing behind."""
+    resolved = Path(os.path.realpath(path))
+    if resolved.is_dir() or not _is_special(resolved):      # a pipe's reader would take this for the end
+        _discard(*_open(path, "w"))
+
+
 @contextlib.contextmanager
 def records(path: str | Path | None) -> Iterator[IO[str]]:
     """Opens a file of one record a line that keeps finished lines whatever happens; None or `-` is stdout.

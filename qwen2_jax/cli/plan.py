@@ -4,17 +4,22 @@ fit: that is an answer."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 from qwen2_jax.cli.info import find_model
-from qwen2_jax.cli.output import whole_file
+from qwen2_jax.cli.output import check_writable, whole_file
 from qwen2_jax.config import Remat
 from qwen2_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from qwen2_jax.plan.plan import Plan
     from qwen2_jax.plan.program import Task
     from qwen2_jax.plan.topology import Topology
@@ -71,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
                 remat=args.remat or "full", quant=args.quant)
     plans = [] if topology is None else _plans(name, task, topology, args)
     measured = None if args.runs is None else _measure(task, args, plans)
-    if args.hlo is not None and plans[0].text:
-        with whole_file(args.hlo) as stream:
-            stream.write(plans[0].text)
+    if args.hlo is not None:
+        _write_text(plans[0], args.hlo)
     _print(plans, measured, args)
     return 0
 
@@ -86,10 +90,35 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("plan needs --topology, the slice to plan for, like v5e:4x4 or v5p-32")
     if args.topology is None and args.hlo is not None:
         raise UserError("--hlo needs --topology: it writes the program compiled for one")
+    if args.hlo is not None:
+        check_writable(args.hlo)
     if args.quant and args.mode == "train":
         raise UserError("--quant int8 is for --mode prefill and decode: training needs weights that can change")
     if args.remat and args.mode != "train":
         raise UserError("--remat is for --mode train: nothing is kept for a backward pass otherwise")
+
+
+@contextlib.contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process there and then: Python's own handlers would wait for the compiler, which can
+    take minutes. Nothing is written in the meantime."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:     # not of Python
+                signal.signal(number, handler)
+
+
+def _write_text(plan: Plan, path: str) -> None:
+    if not plan.text:
+        return _say(f"{path} is not written: the program does not fit, so there is no text of it")
+    with whole_file(path) as stream:
+        stream.write(plan.text)
 
 
 def _start_jax(*, compile_only: bool) -> None:
@@ -108,17 +137,21 @@ def _plans(name: str, task: Task, topology: Topology, args: argparse.Namespace) 
     from qwen2_jax.plan.auto import best_plans
     from qwen2_jax.plan.costs import UnknownKernel
     from qwen2_jax.plan.plan import make_plan
+    from qwen2_jax.plan.topology import tpu_devices
 
     mesh = args.mesh if args.mesh is not None else "auto" if topology.devices > 1 else ""
+    tpu_devices(topology)       # first, as libtpu makes signals that nobody handles print a page of addresses
     try:
-        if mesh == "auto":
-            return best_plans(name, task, topology, say=_say)
-        return [make_plan(name, task, topology, mesh, say=_say)]
+        with _ends_at_once():
+            if mesh == "auto":
+                return best_plans(name, task, topology, say=_say)
+            return [make_plan(name, task, topology, mesh, say=_say)]
     except UnknownKernel as error:
         raise UserError(f"the program cannot be priced: {error}") from error
 
 
-def _measure(task: Task, args: argparse.Namespace, plans: list[Plan]) -> list[float]:
+def _measure(task: Task, args: argparse.Namespace, plans: list[Plan]) -> tuple[list[float], Mesh]:
+    """Seconds of each run, and the mesh that they were on."""
     import jax
 
     from qwen2_jax.plan.measure import measure
@@ -127,19 +160,20 @@ def _measure(task: Task, args: argparse.Namespace, plans: list[Plan]) -> list[fl
     mesh = plans[0].mesh if plans else args.mesh or ""
     if mesh == "auto":
         raise UserError("--mesh auto needs --topology; with --run alone, say which mesh")
-    on = jax.devices()[0]
-    _say(f"running the step {args.runs + 1} times on {on.device_kind}, the first to compile")
-    return measure(task, mesh_of(mesh, jax.devices()), args.runs)
+    on = mesh_of(mesh, jax.devices())
+    kind = on.devices.flat[0].device_kind
+    _say(f"running the step {args.runs + 1} times on {on.size} x {kind}, the first to compile")
+    return measure(task, on, args.runs), on
 
 
-def _print(plans: list[Plan], measured: list[float] | None, args: argparse.Namespace) -> None:
+def _print(plans: list[Plan], measured: tuple[list[float], Mesh] | None, args: argparse.Namespace) -> None:
     from qwen2_jax.plan import report
     from qwen2_jax.plan.auto import smallest_that_fits
 
     if args.json:
         found: dict[str, Any] = plans[0].plain() if plans else {}
         if measured is not None:
-            found |= report.measured_plain(measured)
+            found |= report.measured_plain(*measured)
         print(json.dumps(found, indent=2))
     else:
         told = report.lines(plans[0]) if plans else []
@@ -148,7 +182,7 @@ def _print(plans: list[Plan], measured: list[float] | None, args: argparse.Names
         if len(plans) > 1:
             told += ["", *report.ranking(plans)]
         if measured is not None:
-            told += ["", *report.measured(measured, plans[0] if plans else None)]
+            told += ["", *report.measured(*measured, plans[0] if plans else None)]
         print("\n".join(told).strip("\n"))
     for line in report.warnings(plans[0]) if plans else ():
         _say(f"warning: {line}")

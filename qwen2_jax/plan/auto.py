@@ -48,10 +48,10 @@ def best_plans(model: str, task: Task, topology: Topology, *, say: Say) -> list[
 
 def smallest_that_fits(plan: Plan) -> Fitting | None:
     """For a plan that does not fit: the smallest mesh of its generation that does, by estimates scaled so that this
-    plan's own comes out as the compiler says. None where not even the largest slice would do."""
+    plan's own comes out as the compiler says, if it was asked. None where not even the largest slice would do."""
     chip, task = plan.topology.chip, plan.task
     own = next((e for e in candidates(task, plan.topology) if _same_mesh(e, plan)), None)
-    scale = plan.peak_bytes / own.peak_bytes if own else 1.0
+    scale = plan.peak_bytes / own.peak_bytes if own and plan.compiled else 1.0
     for topology in sorted((t for t in slices() if t.chip is chip), key=lambda t: t.devices):
         fitting = [e for e in candidates(task, topology) if e.peak_bytes * scale <= chip.hbm_bytes]
         if fitting and not (topology.devices == plan.mesh_devices and own and own.sizes == fitting[0].sizes):

@@ -14,7 +14,12 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+from qwen2_jax.errors import UserError
+
+UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
+
+SIZE = rf"[\d.]+[{''.join(UNITS)}]?"
+"""Of memory, as the compiler writes it."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,19 @@ def no_cache() -> Iterator[None]:
 
 
 def compile_for_tpu(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Compiled | OutOfMemory:
-    """Compiles a program lowered for a TPU, with options beside its own. That it needs too much memory is an answer;
-    any other failure is raised."""
+    """Compiles a program lowered for a TPU, with options beside its own. That it needs too much of a device's memory is
+    an answer; UserError: too much of another memory. Any other failure is raised."""
     began = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=dict(options))
     except Exception as error:      # the type depends on the plug-in
         found = out_of_memory(str(error))
-        if found is None:
-            raise
-        return found
+        if found is not None:
+            return found
+        if other := re.search(rf"memory space (\w+)\. Used ({SIZE}) of ({SIZE}) ", str(error)):
+            raise UserError(f"the program does not compile: it needs {other[2]} of the memory space {other[1]}, which "
+                            f"has {other[3]}; take another --batch, --seq or --mesh") from error
+        raise
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
@@ -94,15 +102,15 @@ def out_of_memory(message: str) -> OutOfMemory | None:
     """What the compiler's message says; None where it is about something else."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
-    found = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message) or re.search(
-        r"temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message)
+    found = re.search(rf"Used ({SIZE}) of ({SIZE}) hbm", message) or re.search(
+        rf"temporaries \(({SIZE})\) exceeds available HBM \(({SIZE})\)", message)
     if found is None:
         return None
     buffers = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", part)
         scope = re.search(r'op_name="([^"]*)"', part)
-        size = re.match(r"[\d.]+\w?", part)
+        size = re.match(SIZE, part)
         if size:
             buffers.append(Buffer(_bytes(size[0]), shape[1] if shape else "", scope[1] if scope else ""))
     return OutOfMemory(_bytes(found[1]), _bytes(found[2]), buffers)
@@ -110,5 +118,5 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 
 def _bytes(text: str) -> int:
     """`15.75G` in bytes."""
-    number, unit = re.fullmatch(r"([\d.]+)([BKMGT]?)", text).groups()       # pyright: ignore
-    return round(float(number) * UNITS[unit])
+    number = text.rstrip("".join(UNITS))
+    return round(float(number) * UNITS[text[len(number):]])

@@ -39,7 +39,10 @@ class Plan:
     argument_bytes: int
     temp_bytes: int | None
     peak_bytes: int
+    """Where the program was not compiled, of its arguments alone."""
     fits: bool
+    compiled: bool = True
+    """False: not even its arguments fit, which was answer enough."""
     collectives: list[Collective] | None = None
     spent: Spent | None = None
     exposed_seconds: float | None = None
@@ -79,6 +82,7 @@ class Plan:
             "devices": self.topology.devices, "mesh": self.mesh, "mode": self.task.mode, "seq": self.task.seq,
             "batch": self.task.batch, "argument_bytes": self.argument_bytes, "temp_bytes": self.temp_bytes,
             "peak_bytes": self.peak_bytes, "hbm_bytes": self.topology.chip.hbm_bytes, "fits": self.fits,
+            "compiled": self.compiled,
             "collectives": None if self.collectives is None else [row.plain() for row in self.collectives],
             "model_flops_per_device": self.model_flops_per_device,
             "fusion_seconds": found and found.fusions, "kernel_seconds": found and found.kernels,
@@ -106,13 +110,18 @@ def make_plan(model: str, task: Task, topology: Topology, mesh_spec: str, *, say
     say(f"tracing {model} for {topology}, mesh {mesh_text(mesh)}")
     with no_cache():
         program = lower(task, mesh)
-        say("compiling, which takes from seconds to minutes")
-        found = compile_for_tpu(program.lowered, {} if task.mode == "train" else serving_options(mesh))
+        # What must lie there before the first instruction settles the matter; compiling it might take many minutes.
+        handed = sum(buffer.bytes for buffer in program.arguments)
+        if compiled := handed <= topology.chip.hbm_bytes:
+            say("compiling, which takes from seconds to minutes")
+            found = compile_for_tpu(program.lowered, {} if task.mode == "train" else serving_options(mesh))
+        else:
+            found = OutOfMemory(handed, topology.chip.hbm_bytes)
     common: dict[str, Any] = {"model": model, "topology": topology, "mesh": mesh_text(mesh), "task": task,
                               "mesh_devices": mesh.size}
     if isinstance(found, OutOfMemory):
-        return Plan(**common, argument_bytes=sum(b.bytes for b in program.arguments), temp_bytes=None,
-                    peak_bytes=found.used_bytes, fits=False, buffers=found.buffers or program.arguments)
+        return Plan(**common, argument_bytes=handed, temp_bytes=None, peak_bytes=found.used_bytes, fits=False,
+                    compiled=compiled, buffers=found.buffers or program.arguments)
     collectives, work = read(parse(found.text), topology, dict(mesh.shape), list(mesh.devices.flat), devices,
                              program.assumed, program.repeats)
     exposed = sum(row.exposed_seconds for row in collectives)

@@ -6,9 +6,10 @@ the machine that compiles.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,19 @@ class Task:
 class Lowered:
     """A program before its compilation, and what its text will not tell."""
 
-    lowered: jax.stages.Lowered
+    lower: Callable[[], Any]
     repeats: int
     """Runs of the program that make the step: chunks of prompts, in prefill."""
     loops: dict[str, float]
     """Pattern of scopes → turns of loops there whose bound is computed while they run; the first that matches holds."""
     arguments: list[Buffer]
     """What a device is handed, the largest first, without the padding of layouts."""
+
+    @functools.cached_property
+    def lowered(self) -> jax.stages.Lowered:
+        """Traced when first asked for: for tens of thousands of rows that takes minutes, and the arguments may settle
+        before that nothing of this size will run."""
+        return self.lower()
 
     def assumed(self, loop: Instruction) -> float | None:
         return next((turns for pattern, turns in self.loops.items() if re.search(pattern, loop.scope)), None)
@@ -116,7 +123,8 @@ def _train(task: Task, mesh: Mesh) -> Lowered:
     state = TrainState(params, moments, count)
     step = make_step(loss, optimizer, schedule(settings), mesh=mesh)
     batch: Any = PackedBatch(ids, ids, ids, ids, weights)       # pyright: ignore[reportArgumentType]
-    return Lowered(step.lower(state, batch), 1, _experts(task, mesh, task.batch * task.seq), _buffers((state, batch)))
+    return Lowered(lambda: step.lower(state, batch), 1, _experts(task, mesh, task.batch * task.seq),
+                   _buffers((state, batch)))
 
 
 class _Lowering(Programs):
@@ -148,9 +156,9 @@ def _decode(task: Task, mesh: Mesh) -> Lowered:
     """One turn of the loop that draws tokens: every row has a full cache."""
     programs, slots = _programs(task, mesh), cache_slots(task.seq)
     state: SlotState = programs.new_state(task.batch, slots)
-    lowered: Any = programs.decode(state, task.cfg.stop_ids, 1)
     loops = _experts(task, mesh, task.batch)
-    return Lowered(lowered, 1, loops | {"attention": slots / key_block(slots, 1, programs.ax), "while": 1.0},
+    return Lowered(lambda: programs.decode(state, task.cfg.stop_ids, 1), 1,
+                   loops | {"attention": slots / key_block(slots, 1, programs.ax), "while": 1.0},
                    _buffers((programs.params, state)))
 
 
@@ -164,11 +172,12 @@ def _prefill(task: Task, mesh: Mesh) -> Lowered:
     row, where = jax.ShapeDtypeStruct((n,), jnp.int32), shardings(BATCH_SPEC, mesh)
     flag = jax.ShapeDtypeStruct((n,), jnp.bool_)
     ids = jax.ShapeDtypeStruct((n, width), jnp.int32)
-    lowered: Any = programs.prefill(prompt, *(_like(x, where) for x in (ids, row, row, flag, flag)))
+    given = [_like(x, where) for x in (ids, row, row, flag, flag)]
     # The i-th chunk reads the blocks up to its own end.
     size = key_block(slots, width, programs.ax)
     blocks = sum(-(-min(slots, (i + 1) * width) // size) for i in range(chunks)) / chunks
-    return Lowered(lowered, chunks * (task.batch // n), _experts(task, mesh, n * width) | {"attention": blocks},
+    return Lowered(lambda: programs.prefill(prompt, *given), chunks * (task.batch // n),
+                   _experts(task, mesh, n * width) | {"attention": blocks},
                    _buffers((programs.params, prompt)))
 
 

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from qwen2_jax.plan.auto import Fitting
 from qwen2_jax.plan.chips import CALIBRATED_LIBTPU, GIB
-from qwen2_jax.plan.plan import Plan
+from qwen2_jax.plan.plan import Plan, mesh_text
 from qwen2_jax.plan.topology import is_calibrated, libtpu_version
 
 STEPS = {"train": "training step", "prefill": "prefill", "decode": "decoding step"}
@@ -53,7 +53,8 @@ def _memory(plan: Plan) -> list[str]:
     if plan.fits:
         temporaries = _gib(plan.temp_bytes or 0)
         return [f"fits: needs {whole} (arguments {_gib(plan.argument_bytes)}, temporaries {temporaries})"]
-    told = [f"does not fit: needs {whole} (arguments {_gib(plan.argument_bytes)})"]
+    told = [f"does not fit: needs {whole} (arguments {_gib(plan.argument_bytes)})" if plan.compiled else
+            f"does not fit: needs more than {whole} (arguments alone; not compiled)"]
     if plan.buffers:
         told += ["", "largest buffers", *table(
             ["", "GiB", "shape", "where"],
@@ -103,12 +104,12 @@ def fitting(found: Fitting | None, plan: Plan) -> str:
             f"{_gib(found.peak_bytes)} GiB a device (estimated, not compiled)")
 
 
-def measured(seconds: Sequence[float], plan: Plan | None) -> list[str]:
+def measured(seconds: Sequence[float], mesh: Mesh, plan: Plan | None) -> list[str]:
     """Measurement beside prediction."""
     middle, unit = statistics.median(seconds), len(seconds)
-    device = jax.devices()[0]
+    device = mesh.devices.flat[0]
     told = [f"measured {duration(middle)} (median of {unit}, {duration(min(seconds))} to {duration(max(seconds))}) on "
-            f"{len(jax.devices())} x {device.device_kind}"]
+            f"{mesh.size} x {device.device_kind}, mesh {mesh_text(mesh)}"]
     if plan is None or plan.predicted_seconds is None:
         return [*told, "no prediction: --topology names the slice to compare with"]
     predicted = plan.predicted_seconds
@@ -119,8 +120,9 @@ def measured(seconds: Sequence[float], plan: Plan | None) -> list[str]:
     return told
 
 
-def measured_plain(seconds: Sequence[float]) -> dict[str, Any]:
-    return {"measured_seconds": statistics.median(seconds), "measured_on": jax.devices()[0].device_kind}
+def measured_plain(seconds: Sequence[float], mesh: Mesh) -> dict[str, Any]:
+    return {"measured_seconds": statistics.median(seconds), "measured_on": mesh.devices.flat[0].device_kind,
+            "measured_devices": mesh.size, "measured_mesh": mesh_text(mesh)}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

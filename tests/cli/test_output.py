@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_jax.cli.output import records, whole_file
+from qwen2_jax.cli.output import check_writable, records, whole_file
 from qwen2_jax.errors import UserError
 
 WAYS = [whole_file, records]
@@ -38,6 +38,17 @@ def test_whole_file_leaves_what_was_there_when_the_block_fails(tmp_path):
         raise KeyboardInterrupt
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["out"]
+
+
+def test_whether_a_file_can_be_written_is_asked_without_a_trace(tmp_path):
+    (tmp_path / "old").write_text("old\n")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("old", "new", "pipe"):     # the last would wait for a reader
+        check_writable(tmp_path / name)
+    assert (tmp_path / "old").read_text() == "old\n" and names(tmp_path) == ["old", "pipe"]
+    for name, why in (("", "it is a folder"), ("no/such", "No such file or directory")):
+        with pytest.raises(UserError, match=why):
+            check_writable(tmp_path / name)
 
 
 def test_records_keep_finished_lines_when_the_block_fails(tmp_path, capsys):

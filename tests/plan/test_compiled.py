@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from qwen2_jax.plan.compiled import Buffer, out_of_memory
+from qwen2_jax.errors import UserError
+from qwen2_jax.plan.compiled import Buffer, compile_for_tpu, out_of_memory
 
 EARLY = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (24.96G) exceeds "
          "available HBM (15.75G).")
@@ -39,6 +42,26 @@ def test_with_its_largest_buffers():
                              Buffer(896 * 2**20, "bf16[28,4096,3584]", "")]
 
 
-@pytest.mark.parametrize("message", ["INTERNAL: something else", "RESOURCE_EXHAUSTED: too many open files"])
+@pytest.mark.parametrize(("unit", "size"), [("P", 2**50), ("E", 2**60), ("B", 1), ("", 1)])
+def test_sizes_of_every_unit(unit, size):
+    found = out_of_memory(LATE.replace("18.50G", f"4.00{unit}"))
+    assert found is not None and found.used_bytes == 4 * size
+
+
+FAST = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.1M of 16.00M vmem. Exceeded vmem capacity "
+        "by 4.1M.")
+
+
+def test_another_memory_is_told_in_a_sentence():
+    class Lowered:
+        def compile(self, compiler_options):
+            raise RuntimeError(FAST)
+
+    lowered: Any = Lowered()
+    with pytest.raises(UserError, match=r"it needs 20\.1M of the memory space vmem, which has 16\.00M; take another"):
+        compile_for_tpu(lowered, {})
+
+
+@pytest.mark.parametrize("message", ["INTERNAL: something else", "RESOURCE_EXHAUSTED: too many open files", FAST])
 def test_other_failures_are_not_taken_for_it(message):
     assert out_of_memory(message) is None
