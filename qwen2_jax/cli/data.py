@@ -9,7 +9,7 @@ import sys
 from qwen2_jax.errors import UserError
 
 # Each is a module `qwen2_jax/cli/data_<name>.py` with `add_parser(subparsers)`, as a command's is.
-SUBCOMMANDS = ("prepare", "inspect", "quality")
+SUBCOMMANDS = ("prepare", "inspect", "dump", "quality")
 
 DESCRIPTION = """\
 Makes training data out of text. Begin with `qwen2-jax data prepare`, which turns documents into shards of tokens.

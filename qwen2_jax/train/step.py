@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
@@ -51,7 +52,8 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh
     if mesh is not None and specs is None:
         raise ValueError("a state on a mesh needs the partition specs of its parameters: loss.param_specs(mesh)")
     params = place(params, mesh, specs)
-    step = place(jnp.zeros((), jnp.int32), mesh)
+    # From numpy: over several processes of one device each, JAX 0.10.2 makes of a jax.Array one that cannot be read.
+    step = place(np.zeros((), np.int32), mesh)
     where = None
     if mesh is not None:
         each = jax.tree.map(lambda p: p.sharding, params)
