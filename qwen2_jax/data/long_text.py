@@ -6,6 +6,8 @@ import functools
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from qwen2_jax.data.tokenizer import Tokenizer
 from qwen2_jax.data.tokenizer_files import QWEN2_SPLIT
 
@@ -20,13 +22,14 @@ QWEN2 = {"Regex": QWEN2_SPLIT}
 BYTES = ("ByteLevel", False, False)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """`tokenizer.encode_batch(texts, special=False)`, to the token. Long texts are cut where the tokenizer's rules
-    allow it, so that memory stays bounded; else they go in whole."""
+def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """`tokenizer.encode_batch(texts, special=False)`, to the token: uint32 [tokens] of each text. Long texts are cut
+    where the tokenizer's rules allow it, so that memory stays bounded; else they go in whole."""
     if all(len(text) <= LONG for text in texts) or not may_cut(tokenizer):
-        return tokenizer.encode_batch(texts, special=False)
+        return [np.array(ids, np.uint32) for ids in tokenizer.encode_batch(texts, special=False)]
     # Each part by itself: a batch of them would need the memory of the whole.
-    return [[i for part in parts(text) for i in tokenizer.encode(part, special=False)] for text in texts]
+    return [np.concatenate([np.array(tokenizer.encode(part, special=False), np.uint32) for part in parts(text)])
+            for text in texts]
 
 
 def parts(text: str, size: int = LONG) -> Iterator[str]:

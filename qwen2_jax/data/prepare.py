@@ -79,7 +79,11 @@ def prepare(sources: Sequence[str], out: str | Path, tokenizer: str | Path, *, o
         writer.begin(identity, shard_tokens)
         if writer.documents:
             log.warning("going on in %s after %d documents, %d tokens", out, writer.documents, writer.tokens)
-        _run(files, encoder, writer, workers, BadRows(max_bad_rows, len(writer.skipped)), progress)
+        try:
+            _run(files, encoder, writer, workers, BadRows(max_bad_rows, len(writer.skipped)), progress)
+        except KeyboardInterrupt:
+            log.warning("stopped after %d documents: the same command goes on there", writer.documents)
+            raise
         writer.finish()
     return TokenShards(out)
 
@@ -118,6 +122,7 @@ class _Encoder:
 
     def __call__(self):
         tokenizer, dtype = Tokenizer.load(self.folder), token_dtype(self.vocab)
+        end = np.array([self.end_token], np.uint32)
 
         def encode(task: _Task) -> _Result:
             texts, bad = [], []
@@ -127,9 +132,10 @@ class _Encoder:
                         bad.append(row)
                     else:
                         texts.append(row.text)
-            documents = [np.array([*ids, self.end_token], dtype) for ids in encode_documents(tokenizer, texts)]
-            lengths = np.array([len(document) for document in documents], LENGTHS)
-            tokens = np.concatenate([np.empty(0, dtype), *documents])
+            documents = encode_documents(tokenizer, texts)
+            lengths = np.array([len(document) + 1 for document in documents], LENGTHS)
+            ended = [part for document in documents for part in (document, end)]
+            tokens = np.concatenate([end[:0], *ended]).astype(dtype)
             return _Result(tokens, lengths, bad, task.next, task.pieces[-1].read)
 
         return encode

@@ -87,12 +87,12 @@ class ShardWriter:
             if not self._shards:
                 raise UserError(f"the sources hold no document; {len(self.skipped)} bad rows were skipped")
             if self.skipped:
-                lines = (json.dumps(vars(row), ensure_ascii=False) + "\n" for row in self.skipped)
+                lines = (json.dumps(vars(row)) + "\n" for row in self.skipped)
                 self._write_whole(SKIPPED, "".join(lines))
             manifest = {"format": FORMAT, "documents": self.documents, "tokens": self.tokens,
                         "skipped": len(self.skipped), "dtype": self._dtype.name, **self.identity,
                         "shards": self._shards}
-            self._write_whole(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            self._write_whole(MANIFEST, json.dumps(manifest, indent=1) + "\n")
             os.unlink(self._folder / PROGRESS)
         return manifest
 
@@ -138,7 +138,7 @@ class ShardWriter:
         self._kept = kept
 
     def _take_up(self) -> None:
-        """Compares the open shard with its lines, and cuts off what no line vouches for."""
+        """Compares the open shard with its lines, and goes back to the last one that is true."""
         arrays = self._shard_files() if any("files" in entry for _, entry in self._waiting) else None
         for end, entry in self._waiting:
             grown = [0, 0]
@@ -150,11 +150,11 @@ class ShardWriter:
                 grown = [array.length - length for array, length in zip(arrays, before, strict=True)]
             self._count(entry, *grown)
             self._kept = end
-        if arrays is not None:
-            for array in arrays:
-                array.cut()
-            if arrays[0].length:
-                self._open = arrays
+        if arrays is not None and arrays[0].length:
+            self._open = arrays
+        else:
+            for array in arrays or ():
+                array.close()
         os.ftruncate(self._progress, self._kept)
         if self._open and self._open[0].length >= self._shard_tokens:    # stopped between its last line and its own
             self._complete_shard()
@@ -219,11 +219,8 @@ class _Array:
         self.length, self.checksum = length, checksum
         return True
 
-    def cut(self) -> None:
-        os.ftruncate(self._file, self._end())
-
     def complete(self) -> None:
-        self.cut()
+        os.ftruncate(self._file, self._end())       # of what was appended and never noted
         os.lseek(self._file, 0, os.SEEK_SET)
         _write(self._file, header(self._dtype, self.length))
         os.fsync(self._file)

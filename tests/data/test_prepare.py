@@ -126,21 +126,25 @@ def killed_at(call: int, monkeypatch) -> None:
     monkeypatch.setattr(shard_writer, "_write", half)
 
 
-def test_a_run_killed_in_any_write_goes_on_to_the_same_bytes(corpus, expected, trained_folder, tmp_path, monkeypatch):
+def test_a_run_killed_in_any_write_goes_on_to_the_same_bytes(corpus, expected, trained_folder, tmp_path, monkeypatch,
+                                                             caplog):
     counted = []
     with monkeypatch.context() as patch:
         write = shard_writer._write
         patch.setattr(shard_writer, "_write", lambda file, data: (counted.append(file), write(file, data)))
         run(corpus, tmp_path / "whole", trained_folder)
     whole = contents(expected)
-    for call in range(0, len(counted), 17):
+    for call in range(0, len(counted) - 20, 17):
         out = tmp_path / str(call)
-        for later in (call, 5):
+        caplog.clear()
+        for later in (call, 8):     # eight writes bring a task further, even where a shard is completed first
             with monkeypatch.context() as patch, pytest.raises(Killed):
                 killed_at(later, patch)
                 run(corpus, out, trained_folder)
         run(corpus, out, trained_folder)
         assert contents(out) == whole, call
+        done = [int(message.split()[-4]) for message in caplog.messages]
+        assert done == sorted(set(done)) and len(done) >= 1 + (call > 5), "a run began before the last one stopped"
 
 
 def test_the_end_of_a_run_may_be_killed_too(corpus, expected, trained_folder, tmp_path, monkeypatch, caplog):
@@ -157,13 +161,15 @@ def test_the_end_of_a_run_may_be_killed_too(corpus, expected, trained_folder, tm
 
 def test_bytes_that_the_machine_lost_are_written_again(corpus, expected, trained_folder, tmp_path, monkeypatch):
     """A file that is shorter or other than the progress says, as after a power failure."""
-    for number, damage in enumerate((lambda data: data[:-300], lambda data: data[:-300] + bytes(300))):
+    for number, damage in enumerate((lambda data: data[:200], lambda data: data[:200] + bytes(8) + data[208:])):
         out = tmp_path / str(number)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             killed_at(40, patch)
             run(corpus, out, trained_folder)
         last = sorted(path for path in out.glob("shard-*.npy") if "lengths" not in path.name)[-1]
-        last.write_bytes(damage(last.read_bytes()))
+        data = last.read_bytes()
+        assert len(data) > 1000 and data[200:208] != bytes(8)
+        last.write_bytes(damage(data))
         run(corpus, out, trained_folder)
         assert contents(out) == contents(expected)
 
@@ -202,6 +208,7 @@ def test_a_killed_process_goes_on(corpus, expected, trained_folder, tmp_path, ho
         _, said = process.communicate(timeout=60)
         assert process.returncode in (-how, 1 if how == signal.SIGINT else -how)
         went_on += "going on in" in said
+        assert ("the same command goes on there" in said) == (how == signal.SIGINT)
     assert went_on == 2 and not (out / "manifest.json").exists()
     run(corpus, out, trained_folder)
     assert contents(out) == contents(expected)
@@ -265,10 +272,13 @@ def qwen2_like(tmp_path_factory, training_texts):
     return train_sentencepiece(training_texts[:1], 300, tmp_path_factory.mktemp("other"))
 
 
-def test_a_file_that_was_not_read_yet_may_change(begun, trained_folder, tmp_path, caplog):
+def test_a_file_that_was_not_read_yet_may_change(begun, trained_folder, tmp_path, caplog, monkeypatch):
     corpus, out = begun
     (corpus / "c19.txt").write_text("quite another text")
-    run(corpus, out, trained_folder)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shard_writer.os, "replace", lambda *_: (_ for _ in ()).throw(Killed()))
+        run(corpus, out, trained_folder)
+    run(corpus, out, trained_folder)        # now it has been read, as it is now
     assert f"{corpus / 'c19.txt'} has changed" in caplog.messages[0] and "taken as it is now" in caplog.messages[0]
     run(corpus, tmp_path / "anew", trained_folder)
     assert contents(out) == contents(tmp_path / "anew")
@@ -366,10 +376,11 @@ def test_the_environment_is_as_before(corpus, tmp_path, trained_folder, monkeypa
 def test_qwen2s_own_tokenizer(qwen2_folder, qwen2, shared, tmp_path):
     """Real text, and ids that need 32 bits."""
     source = shared / "data" / "train" / "c4_en_demo.jsonl.gz"
-    shards = prepare([str(source)], tmp_path / "out", qwen2_folder, workers=1)
-    rows = gzip.decompress(source.read_bytes()).splitlines()
-    assert len(shards) == len(rows) == 300
-    for number in range(0, 300, 37):
+    rows = gzip.decompress(source.read_bytes()).splitlines()[:30]
+    (tmp_path / "some.jsonl").write_bytes(b"\n".join(rows))
+    shards = prepare([str(tmp_path / "some.jsonl")], tmp_path / "out", qwen2_folder, workers=1)
+    assert len(shards) == len(rows)
+    for number in range(30):
         tokens = shards.tokens(number, 0, int(shards.lengths[number]))
         assert tokens.dtype == np.uint32
         assert tokens.tolist() == [*qwen2.encode(json.loads(rows[number])["text"]), 151643]
