@@ -112,7 +112,7 @@ def _run_filter(args: argparse.Namespace) -> int:
     from qwen2_jax.data.quality.rules import GopherRules
 
     rules = with_settings(GopherRules(), args.assignments)
-    wanted = [code.strip() for code in (args.languages or "").split(",") if code.strip()]
+    wanted = [code.strip().lower() for code in (args.languages or "").split(",") if code.strip()]
     if not wanted and args.no_heuristics:
         raise UserError("nothing to filter by: name --languages or leave --no-heuristics out")
     with _sieve(args) as (sieve, given):

@@ -36,7 +36,7 @@ def test_dedup(call, tmp_path):
     removed = lines(tmp_path / "out.removed.jsonl")
     assert [(row["row"], row["reason"], row["of_row"]) for row in removed] == [
         (3, "near_duplicate", 1), (4, "exact_duplicate", 1), (5, "exact_duplicate", 2)]
-    assert "2 of 5 rows kept, 3 removed\n  2 exact duplicate\n  1 near duplicate\n" in done.stderr
+    assert "2 of 5 rows kept, 3 removed\n  exact duplicate: 2\n  near duplicate: 1\n" in done.stderr
     assert names(tmp_path) == ["in.jsonl", "out.jsonl", "out.removed.jsonl"]
 
 
@@ -52,7 +52,7 @@ def test_filter(call, tmp_path):
     done = call("data", "filter", source, "--out", tmp_path / "out.jsonl", "--workers", "1")
     assert [row["n"] for row in lines(tmp_path / "out.jsonl")] == [0]
     assert lines(tmp_path / "out.removed.jsonl")[0]["reason"] == "min_words"
-    assert "  1 min words\n" in done.stderr
+    assert "  min words: 1\n" in done.stderr
     call("data", "filter", source, "--out", tmp_path / "out.jsonl", "--workers", "1", "--set", "min_words=2")
     assert len(lines(tmp_path / "out.jsonl")) == 2
 
@@ -71,7 +71,7 @@ def test_decontaminate(call, tmp_path):
             "--out", tmp_path / "out.jsonl")
     done = call(*argv)
     assert [row["n"] for row in lines(tmp_path / "out.jsonl")] == [0, 2]
-    assert "  1 overlaps evaluation text\n" in done.stderr
+    assert "  overlaps evaluation text: 1\n" in done.stderr
     assert f"{evaluation}: 1 of 2 rows share a run of 13 with a document (compared: question)\n" in done.stderr
     call(*argv, "--rule", "qwen2_math")
     assert [row["n"] for row in lines(tmp_path / "out.jsonl")] == [0]

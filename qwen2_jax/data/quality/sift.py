@@ -100,5 +100,5 @@ class Sieve:
 
     def summary(self) -> str:
         total = self.kept + self.removed.total()
-        reasons = [f"  {count:,} {reason.replace('_', ' ')}" for reason, count in self.removed.most_common()]
+        reasons = [f"  {reason.replace('_', ' ')}: {count:,}" for reason, count in self.removed.most_common()]
         return "\n".join([f"{self.kept:,} of {total:,} rows kept, {total - self.kept:,} removed", *reasons])

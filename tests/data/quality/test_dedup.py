@@ -82,7 +82,7 @@ def test_rows_stay_byte_for_byte(tmp_path):
     assert removed == [
         {"file": path, "row": 3, "reason": "exact_duplicate", "of_file": path, "of_row": 1},
         {"file": path, "row": 4, "reason": "bad_row", "problem": "no JSON: Expecting value at character 0"}]
-    assert sieve.summary() == "3 of 5 rows kept, 2 removed\n  1 exact duplicate\n  1 bad row"
+    assert sieve.summary() == "3 of 5 rows kept, 2 removed\n  exact duplicate: 1\n  bad row: 1"
 
 
 def test_other_formats_become_json(tmp_path):

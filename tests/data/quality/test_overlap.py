@@ -76,6 +76,9 @@ def test_a_text_equal_to_a_question_goes_under_qwen2_math(words):
     assert hit.exact
     assert hit.shared == tuple(QUESTION[:words])
     assert found(QUESTION[:2], QUESTION[:2], rule="qwen2_math") is None
+    texts = EvaluationTexts(map(" ".join, (QUESTION[:13], QUESTION)), OVERLAP_RULES["qwen2_math"], Words())
+    hit, sharing = texts.find(" ".join(QUESTION))
+    assert (hit.evaluation, hit.exact, sharing) == (1, True, [0, 1])
     assert (found(QUESTION[:words], QUESTION[:words]) is not None) is (words == 13)
     assert found(QUESTION[:words], [*QUESTION[:words], "x"], rule="qwen2_math", min_lcs=100) is None
 
