@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen2_jax.checkpoint import step_folders as step_folders_module
 from qwen2_jax.checkpoint.digests import Record, digest_files, file_names, write_record
 from qwen2_jax.checkpoint.step_folders import (
     check_ours,
@@ -79,10 +80,19 @@ def test_a_mark_of_removal_beside_the_folder_as_in_a_bucket(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"3"}
 
 
-def test_removing(tmp_path):
+def test_removing(tmp_path, monkeypatch):
     make(tmp_path, 2)
     remove_step(tmp_path, 2)
     assert not list(tmp_path.iterdir())
+    make(tmp_path, 3)
+
+    def refused(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr(step_folders_module.shutil, "rmtree", refused)
+    with pytest.raises(PermissionError):
+        remove_step(tmp_path, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["3.removing"]       # of which the next opening takes care
 
 
 def test_newest(tmp_path):
