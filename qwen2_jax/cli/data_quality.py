@@ -42,10 +42,10 @@ Removes documents that repeat a text of an evaluation set: that share a run of 1
 enough longest common subsequence (LCS). Words are compared without case, punctuation and symbols.
 
   qwen2       |LCS| is at least 13 words and at least 0.6 of the shorter text (Qwen2 report, 5.2.6)
-  qwen2_math  |LCS| is more than 0.6 of the shorter text; or the document equals a question
+  qwen2_math  |LCS| is more than 0.6 of the shorter text (strict); or the document equals a question (exact_words=3)
 
-Where no spaces stand between words each character is a word here, and 13 of them are a short phrase: more goes than of
-English. --tokenizer counts in tokens instead, as Qwen2 did.
+The reports do not say what they count. Here it is words; where no spaces stand between words each character is one, and
+13 of them are a short phrase: more goes than of English. --tokenizer counts a tokenizer's tokens instead.
 
 {WRITTEN}
 Each text under one of the keys of an evaluation set is a text of its own, so that a question is found without its
