@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_jax.cli.output import whole_file
+from qwen2_jax.cli.main import BUG
+from qwen2_jax.cli.output import check_writable, whole_file
+from qwen2_jax.errors import UserError
 from qwen2_jax.plan.chips import CALIBRATED_LIBTPU, GIB
 from qwen2_jax.plan.estimate import Estimate, candidates
 from qwen2_jax.plan.program import Task
@@ -36,6 +39,10 @@ MODES = {
 """Column → (mode, tokens, quantization)."""
 DECODE_ROWS = 8
 """Rows that decode together on each device."""
+MOST = 1_000_000
+"""Minutes or seconds that a command line may ask for."""
+ERROR, THE_PROGRAM = "qwen2-jax: error: ", "qwen2-jax: error: the program "
+"""How a user's error is told, and one that is of the program that was to be compiled."""
 IMPOSSIBLE = 2.0
 """Times the memory there is: an estimate above it settles a cell without the compiler, as arguments alone do that are
 more than there is."""
@@ -90,13 +97,27 @@ def chosen(cell: Cell) -> Estimate:
     return next((e for e in possible if e.peak_bytes <= cell.topology.chip.hbm_bytes), possible[0])
 
 
+def planned(command: list[str], seconds: float) -> dict[str, Any]:
+    """What `qwen2-jax plan … --json` says, in a process of its own; {"failed": why} where the program does not compile.
+
+    Raises:
+      UserError: it is not the program that failed: libtpu is missing, memory or disk are full, somebody ended it.
+      subprocess.TimeoutExpired: after `seconds`.
+    """
+    done = subprocess.run([sys.executable, "-m", "qwen2_jax", *command], capture_output=True, text=True,
+                          timeout=seconds, check=False, cwd=ROOT)
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+    if done.returncode in (BUG, -signal.SIGABRT, -signal.SIGSEGV) or THE_PROGRAM in said:
+        return {"failed": said}
+    raise UserError(f"{' '.join(command[:4])}: {said.removeprefix(ERROR)}")
+
+
 def compile_cell(cell: Cell, cache: Path, seconds: float) -> None:
-    """The best mesh by estimate, compiled in a process of its own; the cache gets its plan, or why there is none."""
-    mesh = str(chosen(cell).sizes)
-    command = [sys.executable, "-m", "qwen2_jax", *cell.command(mesh)]
+    """The best mesh by estimate, compiled; the cache gets its plan, or why there is none. UserError as `planned`."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-        kept = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
+        kept = planned(cell.command(str(chosen(cell).sizes)), seconds)
     except subprocess.TimeoutExpired:
         kept = {"failed": f"compiling took more than {seconds:.0f} seconds"}
     with whole_file(cache / cell.file) as file:
@@ -122,7 +143,7 @@ def text(cell: Cell, cache: Path) -> str:
         about = "~" if cell.task.mode == "train" else "> "
         why = "not compiled" if found is None else "did not compile"
         return f"*{fits} `{best.sizes}` ~{best.peak_bytes / GIB:.1f} GiB, {about}{duration(best.seconds)}; {why}*"
-    memory = f"{found['peak_bytes'] / GIB:.1f} GiB"
+    memory = f"{'' if found.get('compiled', True) else '≥ '}{found['peak_bytes'] / GIB:.1f} GiB"
     if not found["fits"]:
         return f"no: `{found['mesh']}` needs {memory}"
     speed = f"{duration(found['predicted_seconds'])}, MFU {found['predicted_mfu']:.0%}"
@@ -174,18 +195,41 @@ def names() -> list[str]:
                       for t in slices()), ""]
 
 
-def main() -> None:
+def amount(text: str) -> float:
+    """Of minutes or seconds, on a command line."""
+    value = float(text)
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and {MOST:,}, found {text}")
+    return value
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "tpu_plans", metavar="DIR",
                         help="folder of finished cells (default: runs/tpu_plans)")
-    parser.add_argument("--minutes", type=float, default=0.0, metavar="N",
+    parser.add_argument("--minutes", type=amount, default=0.0, metavar="N",
                         help="how long to compile before the document is written (default: 0, write what there is)")
-    parser.add_argument("--cell-seconds", type=float, default=900.0, metavar="S",
+    parser.add_argument("--cell-seconds", type=amount, default=900.0, metavar="S",
                         help="how long one cell may compile (default: 900)")
     parser.add_argument("--only", metavar="TEXT", help="compile cells whose file name holds this")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "tpu_plans.md", metavar="FILE")
     args = parser.parse_args()
-    args.cache.mkdir(parents=True, exist_ok=True)
+    try:
+        check_writable(args.output)
+        args.cache.mkdir(parents=True, exist_ok=True)
+        _compile_some(args)
+        with whole_file(args.output) as file:
+            file.write(document(args.cache))
+    except OSError as error:
+        print(f"plan_table: {error.filename}: {error.strerror}", file=sys.stderr)
+    except UserError as error:
+        print(f"plan_table: {error}", file=sys.stderr)
+    else:
+        return 0
+    return 2
+
+
+def _compile_some(args: argparse.Namespace) -> None:
     until = time.monotonic() + 60 * args.minutes
     for cell in cells():
         if time.monotonic() >= until:
@@ -194,8 +238,7 @@ def main() -> None:
             began = time.monotonic()
             compile_cell(cell, args.cache, args.cell_seconds)
             print(f"{cell.file} {time.monotonic() - began:.0f} s: {text(cell, args.cache)}", flush=True)
-    args.output.write_text(document(args.cache), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

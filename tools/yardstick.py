@@ -28,11 +28,13 @@ from typing import Any
 
 from qwen2_jax.cli.output import whole_file
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import UserError
 from qwen2_jax.plan import plan
 from qwen2_jax.plan.compiled import out_of_memory
 from qwen2_jax.plan.hlo import parse
 from qwen2_jax.plan.topology import parse_topology, tpu_devices
 from qwen2_jax.presets import PRESETS
+from tools.plan_table import amount, planned
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tools" / "yardstick_maxtext.py"
@@ -91,12 +93,10 @@ def maxtext_settings(cfg: ModelConfig) -> list[str]:
 def ours(case: Case, seconds: float) -> dict[str, Any]:
     """What `qwen2-jax plan` says of it."""
     devices = parse_topology(case.slice).devices
-    command = [sys.executable, "-m", "qwen2_jax", "plan", case.model, "--topology", case.slice, "--mesh", case.mesh,
-               "--seq", str(case.seq), "--batch", str(case.rows * devices), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT)
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
-    found = json.loads(done.stdout)
+    found = planned(["plan", case.model, "--topology", case.slice, "--mesh", case.mesh, "--seq", str(case.seq),
+                     "--batch", str(case.rows * devices), "--json"], seconds)
+    if "failed" in found:
+        return {"error": found["failed"]}
     if not found["fits"]:
         return {"fits": False, "peak_bytes": found["peak_bytes"]}
     return figures(found, [(row["kind"], row["bytes"]) for row in found["collectives"]], found["fusion_seconds"],
@@ -120,6 +120,18 @@ def maxtext(case: Case, variant: str, python: str, seconds: float) -> dict[str, 
             memory = out_of_memory(found["error"])
             return {"fits": False, "peak_bytes": memory.used_bytes} if memory else {"error": found["error"][:500]}
         return read(found, out.with_suffix(".hlo").read_text(encoding="utf-8"), case)
+
+
+def check_interpreter(python: str) -> None:
+    """Raises UserError where it does not run, or has no MaxText."""
+    ask = "import importlib.util, sys; sys.exit(importlib.util.find_spec('maxtext') is None)"
+    try:
+        done = subprocess.run([python, "-c", ask], capture_output=True, check=False)
+    except OSError as error:
+        raise UserError(f"--maxtext {python} cannot be run: {error.strerror}") from error
+    if done.returncode:
+        raise UserError(f"--maxtext {python} has no MaxText: it must be the Python of an environment with "
+                        "maxtext[tpu]==0.2.4")
 
 
 def read(found: dict[str, Any], text: str, case: Case) -> dict[str, Any]:
@@ -165,21 +177,35 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maxtext", metavar="PYTHON", help="an interpreter that has MaxText; without it, ours alone")
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas (default: all)")
     parser.add_argument("--variants", default="no rings", help=f"of MaxText: {', '.join(VARIANTS)} (default: no rings)")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "yardstick", metavar="DIR",
                         help="folder of finished compilations (default: runs/yardstick)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="when to begin no other case")
-    parser.add_argument("--seconds", type=float, default=1800.0, metavar="S", help="how long one may compile")
+    parser.add_argument("--minutes", type=amount, default=float("inf"), metavar="N", help="when to begin no other case")
+    parser.add_argument("--seconds", type=amount, default=1800.0, metavar="S", help="how long one may compile")
     args = parser.parse_args()
     names, variants = args.cases.split(","), args.variants.split(",") if args.maxtext else []
     for given, known in ((names, CASES), (variants, VARIANTS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"'{unknown[0]}' is none of {', '.join(known)}")
-    args.cache.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.maxtext:
+            check_interpreter(args.maxtext)
+        args.cache.mkdir(parents=True, exist_ok=True)
+        _compare(args, names, variants)
+    except OSError as error:
+        print(f"yardstick: {error.filename}: {error.strerror}", file=sys.stderr)
+    except UserError as error:
+        print(f"yardstick: {error}", file=sys.stderr)
+    else:
+        return 0
+    return 2
+
+
+def _compare(args: argparse.Namespace, names: list[str], variants: list[str]) -> None:
     until = time.monotonic() + 60 * args.minutes
     for case in (CASES[name] for name in names):
         if time.monotonic() >= until:
@@ -192,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

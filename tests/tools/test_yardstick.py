@@ -40,6 +40,8 @@ def interpreter(tmp_path):
         program = tmp_path / "maxtext-python"
         program.write_text(f"""#!{sys.executable}
 import json, pathlib, sys
+if sys.argv[1] == "-c":
+    sys.exit({report!r} is None)
 worker, out, topology, devices, *settings = sys.argv[1:]
 if {report!r} is None:
     sys.exit("ModuleNotFoundError: No module named 'maxtext'")
@@ -101,6 +103,27 @@ def test_cases_are_those_of_every_size_and_slice():
     assert len(CASES) == 4 * (5 + 3 + 3)
     for case in CASES.values():
         assert case.slice.partition("-")[0] in CHIPS
+
+
+def test_an_interpreter_without_maxtext(tmp_path, monkeypatch, capsys, interpreter):
+    monkeypatch.setattr(yardstick, "ours", None)
+    for python, why in ((tmp_path / "none", "cannot be run: No such file or directory"),
+                        (tmp_path, "cannot be run: Permission denied"),
+                        (interpreter(None), "has no MaxText: it must be the Python of an environment with maxtext"),
+                        (sys.executable, "has no MaxText")):
+        monkeypatch.setattr(sys, "argv", ["yardstick", "--maxtext", str(python), "--cache", str(tmp_path / "kept")])
+        assert main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"yardstick: --maxtext {python} {why}") and said.count("\n") == 1
+    assert not (tmp_path / "kept").exists()
+
+
+def test_what_the_machine_lacks_is_not_kept(tmp_path, monkeypatch, capsys):
+    said = "qwen2-jax: error: compiling for TPUs needs libtpu"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, "", said))
+    monkeypatch.setattr(sys, "argv", ["yardstick", "--cases", CASE.name, "--cache", str(tmp_path)])
+    assert main() == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "yardstick: plan Qwen2-7B --topology v5e-16: compiling for TPUs needs libtpu\n"
 
 
 def test_the_command(tmp_path, monkeypatch, capsys, interpreter):
