@@ -169,7 +169,7 @@ def expert_rows(part: Part, expert: Expert, start: int, stop: int, dense: np.nda
     for row in range(start, stop) if expert.share or any_fresh else ():
         fresh = expert.fresh_F if down else expert.fresh_F[row]     # [F], or of the whole row
         if expert.share or fresh.any():
-            rows_RX[row - start] = _drawn_anew(rows_RX[row - start], fresh, expert.share, std, draw(row))
+            _draw_anew(rows_RX[row - start], fresh, expert.share, std, draw(row))
     if down and expert.down_F is not None:
         scaled_RX = rows_RX.astype(np.float32) * expert.down_F
         rows_RX = np.where(expert.down_F == 0, 0, scaled_RX).astype(dtype)      # no -0, nor NaN of what is infinite
@@ -208,12 +208,14 @@ def _shared(how: Upcycling, moe: MoeConfig, width: int, layer: int, cut_F: np.nd
                   down_F=down_F if how.preserve or size == width else np.where(beyond_F, 0, 1).astype(np.float32))
 
 
-def _drawn_anew(row_X: np.ndarray, fresh: np.ndarray, share: float, std: float, rng: np.random.Generator) -> np.ndarray:
+def _draw_anew(row_X: np.ndarray, fresh: np.ndarray, share: float, std: float, rng: np.random.Generator) -> None:
+    """Draws the fresh elements of a row, and each other with probability `share`, in place."""
     anew_X = np.broadcast_to(fresh, row_X.shape)
     if share:
         bits_X = rng.bit_generator.random_raw(math.ceil(len(row_X) / 4)).view(np.uint16)[:len(row_X)]
         anew_X = anew_X | (bits_X < round(share * 2**16))
-    return np.where(anew_X, _normal(rng, len(row_X), std).astype(row_X.dtype), row_X)
+    places = np.flatnonzero(anew_X)     # half the time of drawing all and choosing by `where`
+    row_X[places] = _normal(rng, len(places), std).astype(row_X.dtype)
 
 
 def _normal(rng: np.random.Generator, size: int, std: float) -> np.ndarray:

@@ -93,6 +93,7 @@ def stored(folder):
     return {slot.name: checkpoint.reader.rows(slot, 0, slot.shape[0]) for slot in checkpoint.slots}
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("experts, width, normalise, options", [
     (64, 80, False, {}),                                            # the published model's
     (64, 80, True, {"cut": "within", "shared": "cut"}),
@@ -104,6 +105,12 @@ def test_preserved_the_output_is_the_dense_models(experts, width, normalise, opt
     made = upcycle(wide_folder, tmp_path / "moe", moe, Upcycling(preserve=True, **options), to="safetensors")
     cfg = read_config(tmp_path / "moe")
     assert cfg == made.cfg and cfg.moe == dataclasses.replace(moe, top_k=experts)
+    import transformers
+
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "moe")
+    assert (theirs.model_type, theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size,
+            theirs.shared_expert_intermediate_size, theirs.norm_topk_prob, theirs.intermediate_size) == \
+           ("qwen2_moe", experts, experts, width, 640, normalise, 592)
     assert_same_output(tmp_path / "moe", wide_folder)
 
 
@@ -242,6 +249,7 @@ def test_some_layers_may_stay_dense(dense_folder, tmp_path):
     assert at_home > 0.4 and elsewhere < 0.01
 
 
+@pytest.mark.parity
 def test_windowed_layers_stay_the_same(tmp_path):
     cfg = dataclasses.replace(DENSE, layers=3, window=WindowConfig(enabled=True, size=8, max_window_layers=1))
     src = save_dense(tmp_path / "src", cfg)
