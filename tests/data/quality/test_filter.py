@@ -9,6 +9,7 @@ import pytest
 
 from qwen2_jax.data import text_source
 from qwen2_jax.data.quality.filter import Languages, filter_documents
+from qwen2_jax.data.quality.language import LanguageIdentifier
 from qwen2_jax.data.quality.rules import GopherRules
 from qwen2_jax.data.quality.sift import Sieve
 from qwen2_jax.data.source_files import SourceOptions, find_files
@@ -45,6 +46,8 @@ def test_an_identification_that_is_not_sure_enough(tmp_path):
     assert kept == []
     assert [row["reason"] for row in removed] == ["unsure_language"] * 2
     assert run(tmp_path, [ENGLISH, FRENCH], Languages(["en", "fr"]), None) == ([ENGLISH, FRENCH], [])
+    exactly = LanguageIdentifier()(FRENCH)[1]
+    assert run(tmp_path, [FRENCH], Languages(["fr"], exactly), None) == ([FRENCH], [])
 
 
 def test_heuristics_name_the_first_rule_and_the_others(tmp_path):
