@@ -295,7 +295,10 @@ def test_bad_rows_are_listed_and_limited(trained_folder, tmp_path, caplog):
     with pytest.raises(UserError, match=r"a\.jsonl:61: no JSON.*1 bad row, and --max-bad-rows is 0: mend the data"):
         run(path, out, trained_folder)
     assert not (out / "manifest.json").exists()
-    run(path, out, trained_folder, max_bad_rows=4)      # the higher limit goes on
+    for _ in range(2):      # the limit is of all runs together
+        with pytest.raises(UserError, match=r"a\.jsonl:123: no JSON.*3 bad rows, and --max-bad-rows is 2"):
+            run(path, out, trained_folder, max_bad_rows=2)
+    run(path, out, trained_folder, max_bad_rows=4)      # a higher one goes on
     run(path, tmp_path / "other", trained_folder, max_bad_rows=4, workers=2)
     assert contents(out) == contents(tmp_path / "other")
     assert json.loads((out / "manifest.json").read_text())["skipped"] == 4
