@@ -129,9 +129,9 @@ def _ratio(cfg: MuonConfig, shape: tuple[int, ...]) -> float:
 
 
 def orthogonal(x_OI: jax.Array, cfg: MuonConfig, at: NamedSharding | None = None) -> jax.Array:
-    """About U Vᵀ of each matrix U S Vᵀ of [R, (E,) O, I], in `cfg.ns_dtype`: Newton-Schulz iterations bring its singular
-    values to between 0.68 and 1.21 (five iterations; those below 0.0015 of the matrix's norm end lower). A matrix of
-    zeros stays.
+    """About U Vᵀ of each matrix U S Vᵀ of [R, (E,) O, I], in `cfg.ns_dtype`: Newton-Schulz iterations bring its
+    singular values to between 0.68 and 1.21 (five iterations; those below 0.0015 of the matrix's norm end lower). A
+    matrix of zeros stays.
 
     `at`: how the stack lies on a mesh. Iterating where it lies would gather, or sum, several times a matrix in each
     iteration; instead matrices are dealt out, each device gets whole ones of some layers, and gives them back. What
