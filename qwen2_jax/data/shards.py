@@ -59,8 +59,9 @@ class TokenShards:
     def summary(self) -> str:
         """One line for people."""
         tokens = sum(shard["tokens"] for shard in self._shards)
+        skipped = self._manifest.get("skipped", 0)
         return (f"{self.folder}: {len(self):,} documents, {tokens:,} tokens, {len(self._shards):,} "
-                f"shard{'s' * (len(self._shards) > 1)}, {self._manifest.get('skipped', 0):,} bad rows skipped")
+                f"shard{'s' * (len(self._shards) != 1)}, {skipped:,} bad row{'s' * (skipped != 1)} skipped")
 
     @cached_property
     def manifest_hash(self) -> str:

@@ -43,6 +43,7 @@ def small_pieces(monkeypatch):
     """Pieces of a few bytes, so that small files have many."""
     for module in ("text_source", "parquet_source", "array_record_source"):
         monkeypatch.setattr(f"qwen2_jax.data.{module}.PIECE_BYTES", 50)
+    monkeypatch.setattr("qwen2_jax.data.parquet_source.BATCH", 16)
 
 
 def zstd(data: bytes) -> bytes:
