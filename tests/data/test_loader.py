@@ -90,14 +90,14 @@ def test_begins_at_any_step(expected, workers):
             assert same_bytes(batch, wanted)
 
 
-def test_prepared_shards_give_what_their_documents_give(tmp_path, trained_folder, trained):
+def test_prepared_shards_give_what_their_documents_give(tmp_path, trained_folder, trained, monkeypatch):
     """Read by memory map, over several shards, also by workers."""
     texts = [f"Document {i} has " + "so many words " * (i % 7 * i) for i in range(60)]
-    files = [tmp_path / f"{n}.jsonl" for n in range(3)]
-    for n, file in enumerate(files):
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[20 * n:20 * (n + 1)]))
-    shards = prepare([str(file) for file in files], tmp_path / "out", trained_folder, workers=1, shard_tokens=1)
-    assert len(shards.documents) == 3
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for room in ("text_source", "prepare"):
+        monkeypatch.setattr(f"qwen2_jax.data.{room}.PIECE_BYTES", 10_000)
+    shards = prepare([str(tmp_path / "text.jsonl")], tmp_path / "out", trained_folder, workers=1, shard_tokens=1)
+    assert len(shards.documents) > 2
     in_memory: Any = MemorySource([np.array([*trained.encode(text), shards.end_token]) for text in texts])
     in_memory.vocab, in_memory.end_token = shards.vocab, shards.end_token
     arguments: Any = {"row_length": 64, "batch_size": 4, "seed": 3}

@@ -120,6 +120,12 @@ def test_the_largest_free_places_are_filled_first():
     assert rows == [[Piece(0, 0, 8), Piece(1, 7, 2)], [Piece(2, 0, 7), Piece(1, 4, 3)]]
 
 
+def test_what_is_left_of_a_cut_document_goes_where_it_fits_best():
+    """After 5 = 3 + 2, the free places are 3, 2 and 2: the 2 goes into one of them, and the second 5 needs one cut."""
+    rows = pack_exactly([Piece(d, 0, length) for d, length in enumerate((5, 5, 7, 8, 8, 7))], [10] * 4)
+    assert sum(map(len, rows)) == 6 + 2
+
+
 def test_a_batch_is_a_function_of_seed_and_number():
     packed = PackedDocuments(documents_of([50] * 30), T)
     late = packed.batch(40, 4, seed=1)

@@ -148,6 +148,18 @@ def test_every_argument_counts():
     assert len({stream.batch(50).ids_BT.tobytes() for stream in streams}) == len(streams)
 
 
+def test_the_seed_orders_documents_and_equal_sources_come_in_different_orders():
+    firsts = set()
+    for seed in (0, 1):
+        twins = {name: numbered(mixed_lengths(300)) for name in ("a", "b")}
+        stream = Stream(twins, row_length=T, batch_size=100, seed=seed)
+        batch = stream.batch(0)
+        assert batch.sources_BT is not None
+        for source in (0, 1):
+            firsts.add(batch.ids_BT[batch.sources_BT[:, 0] == source][:40].tobytes())
+    assert len(firsts) == 4
+
+
 def test_the_identity_is_json_and_that_of_equal_streams_is_equal():
     identity = make_stream().identity()
     assert json.loads(json.dumps(identity)) == identity == make_stream().identity()
