@@ -20,6 +20,7 @@ UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**
 
 SIZE = rf"[\d.]+[{''.join(UNITS)}]?"
 """Of memory, as the compiler writes it."""
+ALL_DEVICES = "device assignment should include all slice devices"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def no_cache() -> Iterator[None]:
 
 def compile_for_tpu(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Compiled | OutOfMemory:
     """Compiles a program lowered for a TPU, with options beside its own. That it needs too much of a device's memory is
-    an answer; UserError: too much of another memory. Any other failure is raised."""
+    an answer; UserError: too much of another memory, or a mesh of fewer devices than the slice must be used with. Any
+    other failure is raised."""
     began = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=dict(options))
@@ -77,6 +79,9 @@ def compile_for_tpu(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> 
         if other := re.search(rf"memory space (\w+)\. Used ({SIZE}) of ({SIZE}) ", str(error)):
             raise UserError(f"the program does not compile: it needs {other[2]} of the memory space {other[1]}, which "
                             f"has {other[3]}; take another --batch, --seq or --mesh") from error
+        if ALL_DEVICES in str(error):       # v5e:8x8 and larger
+            raise UserError("the program does not compile: on this slice it must run on all devices; take a --mesh of "
+                            "all of them, or a smaller --topology") from error
         raise
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()

@@ -52,13 +52,18 @@ FAST = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.1M 
         "by 4.1M.")
 
 
-def test_another_memory_is_told_in_a_sentence():
+@pytest.mark.parametrize(("message", "told"), [
+    (FAST, r"it needs 20\.1M of the memory space vmem, which has 16\.00M; take another --batch"),
+    ("INTERNAL: RET_CHECK failure (deepsea_compiler_base.cc:1879) On platforms with limited ICI routing device "
+     "assignment should include all slice devices", "must run on all devices; take a --mesh of all of them"),
+])
+def test_what_others_could_put_right_is_told_in_a_sentence(message, told):
     class Lowered:
         def compile(self, compiler_options):
-            raise RuntimeError(FAST)
+            raise RuntimeError(message)
 
     lowered: Any = Lowered()
-    with pytest.raises(UserError, match=r"it needs 20\.1M of the memory space vmem, which has 16\.00M; take another"):
+    with pytest.raises(UserError, match=told):
         compile_for_tpu(lowered, {})
 
 
