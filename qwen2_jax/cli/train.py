@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     start = begin(experiment, args.out.absolute(), resume=args.resume,
                   fork=None if args.fork is None else args.fork.absolute())
     distributed.start()
+    logging.getLogger("qwen2_jax").setLevel(logging.INFO)   # which checkpoints are committed
     return train(start, say=_say if distributed.is_first() else lambda line: None, peak_flops=_peak_seconds)
 
 

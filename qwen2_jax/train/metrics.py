@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
+from qwen2_jax.checkpoint import fault
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.loop import Hook
 
@@ -74,9 +75,16 @@ class LinesFile:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._file is None:
+            return
+        line = json.dumps({"step": step, **values}) + "\n"
+        if fault.armed():       # a line of which a kill leaves a half
+            self._file.write(line[:len(line) // 2])
             self._file.flush()
+            fault.reach("during_metrics_write")
+            line = line[len(line) // 2:]
+        self._file.write(line)
+        self._file.flush()
 
     def sync(self) -> None:
         """Returns when every line so far is on the disk."""
