@@ -37,7 +37,8 @@ def test_neighbours_draw_for_themselves():
 
 
 def test_what_bfloat16_holds_stays_and_what_is_not_finite_too():
-    x = np.asarray([0.0, 1.0, -2.5, 2.0 ** -100, np.inf, -np.inf, np.nan, -np.nan], np.float32)
+    x = np.asarray([0.0, 1.0, -2.5, 2.0 ** -100, np.inf, -np.inf, np.nan, 0, 0], np.float32)
+    x.view(np.uint32)[-2:] = 0x7FFFFFFF, 0xFFFFFFFF     # NaNs that a carry would turn into numbers
     for count in range(5):
         np.testing.assert_array_equal(np.asarray(rounded(x, jnp.int32(count)), np.float32), x)
 
