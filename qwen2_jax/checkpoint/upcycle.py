@@ -91,7 +91,8 @@ def upcycle(src: str | Path, dst: str | Path, moe: MoeConfig, how: Upcycling = R
 class UpcycledReader:
     """The tensors of the sparse model `cfg`, made out of those of a dense checkpoint when they are asked for.
 
-    Holds one matrix of the dense network at a time. `dtype` None keeps that of the source.
+    Keeps one matrix of the dense network, and a thread may still be at work on the one before. `dtype` None keeps that
+    of the source.
     """
 
     def __init__(self, source: Checkpoint, cfg: ModelConfig, how: Upcycling, dtype: np.dtype | None):
@@ -102,7 +103,7 @@ class UpcycledReader:
                        for slot in source.slots if "/mlp/" in slot.path}
         self._starts = {run.name: run.start for run in cfg.layer_runs()}
         self._lock = threading.Lock()
-        self._matrix = functools.lru_cache(maxsize=1)(self._load)
+        self._held: tuple[str, np.ndarray, float] | None = None
         self._experts = functools.lru_cache(maxsize=2)(functools.partial(layer_experts, how, _moe(cfg), cfg.d_ff))
 
     def dtype(self, slot: Slot) -> np.dtype:
@@ -135,13 +136,17 @@ class UpcycledReader:
             return 0.0
         return self._cfg.init_std if self._how.router_std is None else self._how.router_std
 
-    def _load(self, slot: Slot) -> tuple[np.ndarray, float]:
+    def _matrix(self, slot: Slot) -> tuple[np.ndarray, float]:
         """A matrix of the dense network, and the standard deviation of what is drawn in its place."""
-        dtype = self._reader.dtype(slot)
-        matrix = np.empty(slot.shape, dtype)
-        for start, stop in blocks(slot.shape, dtype):
-            matrix[start:stop] = self._reader.rows(slot, start, stop)
-        return matrix, self._cfg.init_std if self._how.init == "config" else standard_deviation(matrix)
+        if self._held is None or self._held[0] != slot.name:
+            self._held = None   # let go of the last one before the next is read
+            dtype = self._reader.dtype(slot)
+            matrix = np.empty(slot.shape, dtype)
+            for start, stop in blocks(slot.shape, dtype):
+                matrix[start:stop] = self._reader.rows(slot, start, stop)
+            std = self._cfg.init_std if self._how.init == "config" else standard_deviation(matrix)
+            self._held = slot.name, matrix, std
+        return self._held[1:]
 
     def _origin(self, slot: Slot) -> Slot:
         """The tensor of the source that a tensor is made of; for routers, which come from none, the layer's gate."""

@@ -339,13 +339,13 @@ def test_layers_of_different_dtypes(dense_folder, rewrite, tmp_path):
 
 def test_memory_is_two_dense_matrices_and_a_few_pieces(tmp_path, monkeypatch):
     """The experts of a layer, 6 MiB, are never in memory together; numpy's arrays are all counted."""
-    cfg = dataclasses.replace(DENSE, layers=1, d_model=128, d_ff=1024)
+    cfg = dataclasses.replace(DENSE, layers=2, d_model=128, d_ff=1024)
     checkpoint = open_checkpoint(save_dense(tmp_path / "src", cfg))
     cfg = dataclasses.replace(cfg, moe=MoeConfig(experts=64, top_k=1, d_expert=64, d_shared=64))
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2**15)
     slots, matrix = names.slots(cfg), 128 * 1024 * 4
     size = sum(4 * int(np.prod(slot.shape)) for slot in slots)
-    assert size > 12 * matrix
+    assert size > 24 * matrix
     reader = UpcycledReader(checkpoint, cfg, Upcycling(), None)
     tracemalloc.start()
     try:
