@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
         stream = open_corpus(experiment, folder, source=None, say=_say).stream
         with whole_file(args.out, "wb") as file:
             batches = [stream.batch(step - 1) for step in tqdm(range(first, last + 1), desc="dump", unit="step")]
-            arrays: dict[str, Any] = {
+            arrays = {
                 "input_ids": [b.ids_BT for b in batches], "targets": [b.targets_BT for b in batches],
                 "loss_mask": [b.weights_BT.astype(np.int32) for b in batches],
                 "segment_ids": [b.segments_BT for b in batches], "positions": [b.positions_BT for b in batches]}
-            np.savez_compressed(file, **{name: np.stack(rows) for name, rows in arrays.items()})
+            stacked: dict[str, Any] = {name: np.stack(rows) for name, rows in arrays.items()}
+            np.savez_compressed(file, **stacked)
     return 0
 
 

@@ -70,7 +70,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The whole parser, and the parser of each command by name."""
     parser = Parser(
         prog="qwen2-jax",
-        description="Qwen2 models in JAX: look at, convert and talk to a checkpoint.",
+        description="Qwen2 models in JAX: look at, convert, train and talk to them.",
         epilog="`qwen2-jax COMMAND --help` tells more of one command. Results go to stdout, all else to stderr.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
