@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     from qwen2_jax.train.run import train
     from qwen2_jax.train.run_folder import begin
 
+    distributed.start()
     start = begin(experiment, args.out.absolute(), resume=args.resume,
                   fork=None if args.fork is None else args.fork.absolute())
-    distributed.start()
     logging.getLogger("qwen2_jax").setLevel(logging.INFO)   # which checkpoints are committed
     return train(start, say=_say if distributed.is_first() else lambda line: None, peak_flops=_peak_seconds)
 

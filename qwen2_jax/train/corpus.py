@@ -19,8 +19,8 @@ from qwen2_jax.data.train_tokenizer import train_sentencepiece
 from qwen2_jax.errors import UserError
 from qwen2_jax.sharding import distributed
 from qwen2_jax.train.experiment import DataConfig, Experiment, SourceConfig
+from qwen2_jax.train.run_folder import DATA, TOKENIZER
 
-TOKENIZER, DATA = "tokenizer", "data"
 TOKENIZER_DOCUMENTS = 200_000
 """A tokenizer is trained on so many documents of each source at most: a sample is enough for its counts."""
 PATIENCE = 24 * 3600.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import signal
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from qwen2_jax.checkpoint.files import write_model_files
@@ -30,11 +28,13 @@ from qwen2_jax.train.feed import on_devices, own_rows
 from qwen2_jax.train.loop import Hook, fit
 from qwen2_jax.train.losses import NextTokenLoss
 from qwen2_jax.train.metrics import NOTHING, LinesFile, MetricsFile, Progress, Totals
+from qwen2_jax.train.preemption import Preemption
 from qwen2_jax.train.resume import SaveState, restore_state, stored_state
 from qwen2_jax.train.run_folder import CHECKPOINTS, Start, write_status
 from qwen2_jax.train.step import TrainState, init_state, make_step
 
-log = logging.getLogger(__name__)
+PATIENCE = 600.0
+"""Seconds that processes wait for one another's imports."""
 
 
 def train(start: Start, *, say: Callable[[str], None], peak_flops: Callable[[Experiment], float | None],
@@ -45,20 +45,42 @@ def train(start: Start, *, say: Callable[[str], None], peak_flops: Callable[[Exp
     `peak_flops`: model FLOPs of a step over those a second of all devices at their peak, None where that is unknown.
     Every process of a program calls this alike. Raises UserError for whatever the user can put right.
     """
+    with Preemption(lambda: _leave(start, say)) as preemption:
+        return _train(start, preemption, say, peak_flops, hooks)
+
+
+def _leave(start: Start, say: Callable[[str], None]) -> int:
+    """SIGTERM came before the first step."""
+    status = run_folder.read_status(start.folder)
+    write_status(start.folder, "preempted", status.get("step", 0), start.experiment.steps)
+    say("stopped by SIGTERM before the first step; the same command goes on")
+    return start.experiment.preempt_exit_code
+
+
+def _train(start: Start, preemption: Preemption, say: Callable[[str], None],
+           peak_flops: Callable[[Experiment], float | None], hooks: Callable[[Start, Corpus], Sequence[Hook]]) -> int:
     experiment, folder = start.experiment, start.folder
     mesh = make_mesh(experiment.mesh)
     rows = own_rows(mesh, experiment.data.batch_size)
+    writes = distributed.is_first()
+    distributed.exchange("start", None, seconds=PATIENCE)   # all have looked at the folder before one writes there
+    if writes:
+        if start.other_text:
+            for made in (run_folder.TOKENIZER, run_folder.DATA):
+                shutil.rmtree(folder / made, ignore_errors=True)
+        run_folder.write_config(start)      # first, so that a start that is killed can be made again
+        write_status(folder, "starting", 0, experiment.steps)
     corpus = open_corpus(experiment, folder, source=start.source, say=say)
     store = Store(folder / CHECKPOINTS, keep=experiment.checkpoint.keep, keep_every=experiment.checkpoint.keep_every)
     try:
         run = _Run(start, mesh, corpus, store, say)
         state, first, totals = run.state()
         if first >= experiment.steps:
+            if writes:
+                write_status(folder, "finished", first, experiment.steps)
             say(f"{folder} has made its {first} steps already; --set steps=… goes on")
             return 0
-        writes = distributed.is_first()
         if writes:
-            run_folder.write_config(start)
             write_status(folder, "running", first, experiment.steps)
         made = [Progress(start=first, stop=experiment.steps)] if writes else []
         metrics = MetricsFile(folder / "metrics.jsonl" if writes else None, start=first, totals=totals,
@@ -72,15 +94,15 @@ def train(start: Start, *, say: Callable[[str], None], peak_flops: Callable[[Exp
         save = SaveState(store, experiment.model, lambda step: run.about(step, metrics.totals),
                          every=experiment.checkpoint.every, before=sync)
         every = [*made, metrics, run.evaluation(scores), save, *hooks(start, corpus)]
-        with Preemption() as preemption, Loader(corpus.stream, first, rows=rows,
-                                                workers=experiment.data.workers) as loader:
+        with Loader(corpus.stream, first, rows=rows, workers=experiment.data.workers) as loader:
             batches = on_devices(loader, mesh, experiment.data.batch_size)
             try:
-                state, last = fit(state, run.step, batches, start=first, stop=experiment.steps, hooks=every,
+                _, last = fit(state, run.step, batches, start=first, stop=experiment.steps, hooks=every,
                                   stopped=preemption.reached)
-            except BaseException:
+            except BaseException as error:
                 if writes:
-                    write_status(folder, "failed", store.latest_step() or 0, experiment.steps)
+                    state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+                    write_status(folder, state, store.latest_step() or 0, experiment.steps)
                 raise
         done = last == experiment.steps
         if writes:
@@ -176,27 +198,3 @@ def write_model_files_once(store: Store, cfg: Any, tokenizer: Path | None) -> No
     """The model's own files beside the steps, so that each step is a checkpoint that `load` and `convert` take."""
     if distributed.is_first() and not (store.path / "config.json").exists():
         write_model_files(Path(store.path), cfg, beside=tokenizer)
-
-
-class Preemption:
-    """SIGTERM asks for an end after the step at hand: of all processes after the same one, whoever got it."""
-
-    def __init__(self):
-        self._asked = False
-        self._before: Any = None
-
-    def __enter__(self):
-        if distributed.count() == 1:        # else JAX's runtime takes the signal
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, signum, frame):
-        self._asked = True
-
-    def reached(self, step: int) -> bool:
-        """Whether the run ends after this step."""
-        return self._asked if distributed.count() == 1 else multihost_utils.reached_preemption_sync_point(step)

@@ -1,7 +1,8 @@
 """The folder of a training run, and how a run that is started again goes on.
 
     config.json      the experiment, every setting of it, and the versions it began with
-    status.json      how far it is: {"state": "running" | "preempted" | "failed" | "finished", "step", "steps"}
+    status.json      how far it is: {"state": "starting" | "running" | "preempted" | "interrupted" | "failed" |
+                     "finished", "step", "steps"}
     metrics.jsonl, eval.jsonl
     checkpoints/{step}/
     tokenizer/, data/    what was made of text for this run
@@ -16,13 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen2_jax.checkpoint.step_folders import committed_steps
 from qwen2_jax.errors import UserError
 from qwen2_jax.settings import differences, from_plain, plain
 from qwen2_jax.train.experiment import Experiment, is_free
 
 CONFIG, STATUS, CHECKPOINTS = "config.json", "status.json", "checkpoints"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-State = Literal["running", "preempted", "failed", "finished"]
+State = Literal["starting", "running", "preempted", "interrupted", "failed", "finished"]
+TOKENIZER, DATA = "tokenizer", "data"
+TEXT = ("data.path", "data.sources", "data.text_key", "data.document", "data.tokenizer", "model.vocab")
+"""Settings that tokens depend on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Start:
     """The run whose state it goes on from: this folder's, or another; None for a new run."""
     step: int | None = None
     """The step of `source` to go on from; None: its newest."""
+    other_text: bool = False
+    """Whether tokens that lie in the folder are of another text, from a start that never came to training."""
 
 
 def begin(experiment: Experiment, out: Path, *, resume: str = "auto", fork: Path | None = None) -> Start:
@@ -64,6 +71,9 @@ def begin(experiment: Experiment, out: Path, *, resume: str = "auto", fork: Path
     saved = read_config(source)
     if source != out:
         _refuse_used(out, "--out")
+    elif step is None and not committed_steps(out / CHECKPOINTS):
+        found = differences(plain(saved), plain(experiment.resolved()))
+        return Start(out, experiment.resolved(), other_text=any(name.startswith(TEXT) for name in found))
     experiment = experiment.resolved(saved.optimizer.steps)
     changed = {name: pair for name, pair in differences(plain(saved), plain(experiment)).items() if not is_free(name)}
     if changed:
@@ -96,6 +106,14 @@ def write_config(start: Start) -> None:
 
 def write_status(folder: Path, state: State, step: int, steps: int, **more: Any) -> None:
     write_json(folder / STATUS, {"state": state, "step": step, "steps": steps, **more})
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What `write_status` wrote; empty without it."""
+    try:
+        return json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -17,6 +19,7 @@ from qwen2_jax.train.loop import Hook
 from qwen2_jax.train.metrics import read_metrics
 from qwen2_jax.train.run import train
 from qwen2_jax.train.run_folder import begin, read_config
+from tests.conftest import ROOT
 from tests.train.runs import tiny_experiment, write_text
 
 pytestmark = [pytest.mark.optax, pytest.mark.slow]
@@ -83,7 +86,7 @@ def test_a_run_that_failed_goes_on_to_the_same_end(whole, text, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         go(tiny_experiment(text), tmp_path / "run", hooks=[At(5, fail)])
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
     assert go(tiny_experiment(text), tmp_path / "run") == 0
     assert lines(tmp_path / "run") == lines(whole)
     assert (tmp_path / "run" / "eval.jsonl").read_text() == (whole / "eval.jsonl").read_text()
@@ -101,6 +104,37 @@ def test_sigterm_ends_a_run_after_the_step_at_hand(whole, text, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(status["step"])).is_dir()
     assert go(experiment, tmp_path / "run") == 0
     assert lines(tmp_path / "run") == lines(whole)
+
+
+def test_sigterm_while_the_first_step_is_compiled_ends_at_once(text, tmp_path):
+    """In a process of its own; the signal comes when the run has begun and no step is done."""
+    program = tmp_path / "program.py"
+    program.write_text(EARLY.format(root=str(ROOT), text=str(text), out=str(tmp_path / "run")))
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert "before the first step" in done.stdout and "not reached" not in done.stdout
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
+
+
+EARLY = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from qwen2_jax.train import run
+from qwen2_jax.train.run_folder import begin
+from tests.train.runs import tiny_experiment
+
+def compiling(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()      # holds the main thread as a compiler does
+    print("not reached")
+
+run.make_step = lambda *args, **kwargs: compiling
+start = begin(tiny_experiment({text!r}, preempt_exit_code=75), Path({out!r}))
+run.train(start, say=lambda line: print(line, flush=True), peak_flops=lambda experiment: None)
+"""
 
 
 def test_a_fork_goes_on_with_other_settings_and_leaves_the_run_alone(whole, text, tmp_path):
@@ -143,6 +177,21 @@ def test_settings_that_change_the_numbers_are_refused(whole, text, changes, mess
 def test_settings_that_change_no_number_may_change(whole, text, change):
     start = begin(with_settings(tiny_experiment(text), [change]), whole)
     assert start.source == whole and start.experiment.optimizer.steps == 6
+
+
+def test_a_start_that_never_came_to_training_can_be_made_with_other_settings(text, tmp_path):
+    out = tmp_path / "run"
+    wrong = tiny_experiment(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        go(wrong, out)
+    assert json.loads((out / "status.json").read_text())["state"] == "starting"
+    (out / "tokenizer").mkdir(exist_ok=True)
+    (out / "tokenizer" / "tokenizer.json").write_text("of the other text")
+    start = begin(tiny_experiment(text, steps=1), out)
+    assert start.source is None and start.other_text
+    assert go(tiny_experiment(text, steps=1), out) == 0
+    assert [line["step"] for line in lines(out)] == [1]
+    assert not begin(tiny_experiment(text, steps=2), out).other_text
 
 
 def test_folders_that_are_refused(whole, text, tmp_path):
