@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
 from qwen2_jax.config import ModelConfig, Remat
@@ -41,6 +42,8 @@ class LossSums(NamedTuple):
     """Tokens that went in: all but padding."""
     router: RouterStats | None
     """Over layers and all real tokens, whether their targets count or not; None for dense models."""
+    of_sources_S2: jax.Array | None = None
+    """`nll` and `count` of each source [S, 2]; None where they are not told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,8 @@ class NextTokenLoss:
 
     `dtype` is what the model computes in; `stacked` must match the parameters. `remat` as in `Decoder`.
     `reduce_dtype` is what weights' gradients are summed in over devices, "" for what is computed in: "float32" sends
-    twice the bytes and rounds no sum.
+    twice the bytes and rounds no sum. `sources`: names of the sources that `sources_BT` numbers, where the metrics are
+    to tell them apart.
     """
 
     model: ModelConfig
@@ -60,6 +64,7 @@ class NextTokenLoss:
     z_coef: float = 0.0
     expert_exchange: ExpertExchange = "auto"
     reduce_dtype: str = ""
+    sources: tuple[str, ...] = ()
 
     @property
     def gradient_dtype(self) -> Any:
@@ -85,9 +90,18 @@ class NextTokenLoss:
                              z=jnp.sum(weight_BT * jnp.square(lse_BT)),
                              correct=jnp.sum(weight_BT * correct_BT.astype(jnp.float32)),
                              count=jnp.sum(weight_BT),
-                             seen=jnp.sum((batch.segments_BT > 0).astype(jnp.float32)), router=None)
+                             seen=jnp.sum((batch.segments_BT > 0).astype(jnp.float32)), router=None,
+                             of_sources_S2=self._of_sources(batch, weight_BT, logprob_BT))
         sums = ax.psum(local, BATCH + CONTEXT)
         return sums._replace(router=None if out.router is None else ax.psum(out.router, BATCH))
+
+    def _of_sources(self, batch: PackedBatch, weight_BT, logprob_BT):
+        if not self.sources or batch.sources_BT is None:
+            return None
+        sums_B2 = jnp.stack([-jnp.sum(weight_BT * lax.stop_gradient(logprob_BT), 1), jnp.sum(weight_BT, 1)], axis=1)
+        # A row has one source.
+        of_row_BS = jax.nn.one_hot(batch.sources_BT[:, 0], len(self.sources), dtype=jnp.float32)
+        return jnp.matmul(of_row_BS.T, sums_B2, precision=lax.Precision.HIGHEST)
 
     def mean(self, sums: LossSums) -> jax.Array:
         """The number to minimise, nats a token. A batch without targets gives 0."""
@@ -109,14 +123,19 @@ class NextTokenLoss:
             zero_E = jnp.zeros((self.model.moe.experts,), jnp.float32)
             router = RouterStats(zero_E, zero_E, zero)
         count = jnp.sum(batch.weights_BT.astype(jnp.float32))
-        return LossSums(nll=zero, z=zero, correct=zero, count=count, seen=zero, router=router)
+        apart = self.sources and batch.sources_BT is not None
+        return LossSums(nll=zero, z=zero, correct=zero, count=count, seen=zero, router=router,
+                        of_sources_S2=jnp.zeros((len(self.sources), 2), jnp.float32) if apart else None)
 
     def metrics(self, sums: LossSums) -> dict[str, jax.Array]:
         """Means over the step's targets: `nll` (nats), `accuracy`; `targets`, how many; `seen`, how many tokens went
-        in; `balance` of a router."""
+        in; `balance` of a router; `nll/NAME` of each source, NaN where a step has none of it."""
         count = jnp.maximum(sums.count, 1)
         values = {"nll": sums.nll / count, "accuracy": sums.correct / count, "targets": sums.count,
                   "seen": sums.seen}
         if sums.router is not None:
             values["balance"] = load_balancing_loss(sums.router)
+        if sums.of_sources_S2 is not None:      # 0 / 0 where the step has none of a source
+            values |= {f"nll/{name}": own[0] / own[1] for name, own in
+                       zip(self.sources, sums.of_sources_S2, strict=True)}
         return values

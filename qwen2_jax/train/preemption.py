@@ -15,8 +15,8 @@ from qwen2_jax.sharding import distributed
 
 class Preemption:
     """While the block runs, SIGTERM asks for an end after the step at hand: of all processes after the same one,
-    whoever got it. Before the first step there is nothing to save: then `leave` is called at once, also while the compiler or
-    another library has the main thread, and the process ends with the status that it returns.
+    whoever got it. Before the first step there is nothing to save: then `leave` is called at once, also while the
+    compiler or another library has the main thread, and the process ends with the status that it returns.
 
     With several processes the signal is JAX's runtime's, and an end comes after the first step at the earliest.
     """

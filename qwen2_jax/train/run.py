@@ -122,10 +122,12 @@ class _Run:
         experiment = start.experiment
         self.cfg = experiment.model
         on_cpu = jax.default_backend() == "cpu"
+        sources = tuple(corpus.stream.sources)
         dtype = ("float32" if on_cpu else "bfloat16") if experiment.dtype == "auto" else experiment.dtype
         self.loss = NextTokenLoss(model=self.cfg, dtype=dtype, stacked=not on_cpu, remat=experiment.remat,
                                   z_coef=experiment.z_coef, expert_exchange=experiment.expert_exchange,
-                                  reduce_dtype=experiment.reduce_dtype)
+                                  reduce_dtype=experiment.reduce_dtype,
+                                  sources=sources if len(sources) > 1 else ())
         self.specs = self.loss.param_specs(mesh)
         where = None if mesh is None else shardings(self.specs, mesh)
         self.optimizer = make_optimizer(experiment.optimizer, where)

@@ -148,3 +148,19 @@ def test_the_state_given_is_donated(dense, packed):
     state = init_state(fresh_params(dense), optimizer)
     make_step(NextTokenLoss(model=dense), optimizer, schedule(OPTIM))(state, rows(packed, 16))
     assert state.params["embed"]["table"].is_deleted()
+
+
+def test_the_loss_of_each_source(dense, packed):
+    """Whatever the mesh and the micro-batches; a source that the batch lacks is told as NaN."""
+    whole = rows(packed, 16)
+    sources_B = np.arange(16) % 3
+    batch = dataclasses.replace(whole, sources_BT=np.repeat(sources_B[:, None], 16, 1).astype(np.int32))
+    names = ("web", "books", "code", "none")
+    expected, alone = {}, NextTokenLoss(model=dense)
+    sums = jax.jit(alone.sums)
+    for number, name in enumerate(names[:3]):
+        own = dataclasses.replace(whole, weights_BT=whole.weights_BT * (sources_B == number)[:, None])
+        expected[f"nll/{name}"] = float(alone.metrics(sums(fresh_params(dense), own))["nll"])
+    _, found = one_step(dense, batch, mesh="data=2,context=2", micro_batches=2, sources=names)
+    assert_same(found, expected)
+    assert np.isnan(found["nll/none"])
