@@ -144,7 +144,7 @@ def report(results: list[tuple[Kill, int, list[str]]], seconds: float, seed: int
     hit = [result for result in results if result[1]]
     failed = [result for result in results if result[2]]
     lines = ["# A run that is killed", "", f"`python -m tools.torture --kills {len(results)} --seed {seed}`, "
-             f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python "
+             f"commit {commit()}, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python "
              f"{platform.python_version()}. A run of {STEPS} steps with a checkpoint every {EVERY}, of which {KEEP} "
              f"stay, takes {seconds:.1f} s when nothing interrupts it.", "",
              f"{len(hit)} of {len(results)} kills hit the run before it ended; {len(failed)} trials failed.", "",
@@ -152,6 +152,12 @@ def report(results: list[tuple[Kill, int, list[str]]], seconds: float, seed: int
     lines += [f"| {kill} | {'; '.join(wrong) or ('the same losses, every bit' if count else 'came too late')} |"
               for kill, count, wrong in results]
     return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """Of the checkout that the tool lies in."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> int:
