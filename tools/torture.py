@@ -156,7 +156,7 @@ def report(results: list[tuple[Kill, int, list[str]]], seconds: float, seed: int
 
 def commit() -> str:
     """Of the checkout that the tool lies in."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
