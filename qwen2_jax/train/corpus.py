@@ -109,7 +109,10 @@ def _train_tokenizer(experiment: Experiment, sources: list[SourceConfig], out: P
              for document in itertools.islice(documents([source.path], _options(experiment.data),
                                                         max_bad_rows=experiment.data.max_bad_rows),
                                               TOKENIZER_DOCUMENTS))
-    train_sentencepiece(texts, experiment.model.vocab, out, overwrite=True)
+    try:
+        train_sentencepiece(texts, experiment.model.vocab, out, overwrite=True)
+    except UserError as error:
+        raise UserError(f"{error} (the setting is model.vocab; data.tokenizer names one that is there)") from None
 
 
 def _check_vocabulary(experiment: Experiment, shards: dict[str, TokenShards]) -> None:

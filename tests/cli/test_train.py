@@ -83,7 +83,7 @@ def test_files_that_are_no_experiment(call, tmp_path, text, message):
     (["--set", "data.path=/nowhere/*.txt"], "/nowhere/*.txt"),
     (["--set", "data.path="], "set data.path to text"),
     (["--set", "data.row_length=65"], "data.row_length 65 is beyond the model's context of 64 tokens"),
-    (["--set", "model.vocab=100"], "vocab_size 100 is too small"),
+    (["--set", "model.vocab=100"], "the setting is model.vocab"),
     (["--resume", "/nowhere"], "--resume /nowhere: neither a run's folder")])
 def test_settings_that_cannot_be(call, file, tmp_path, flags, message):
     done = call("train", file, "--out", tmp_path / "run", *flags)
