@@ -2,8 +2,8 @@
 
 Grain reads batch numbers as it would read records, in a thread that stays a few ahead; worker processes are ours
 (`workers.py`). Grain's own (`mp_prefetch`, 0.2.18) import JAX, which takes a second and 210 MB each, refuse to start
-where absl's flags were not parsed, wait up to 25 s each for one another at the end when a batch is larger than a pipe
-holds, and leave semaphores behind when they are killed.
+where absl's flags were not parsed, and wait up to 25 s each for one another at the end when a batch is larger than a
+pipe holds.
 """
 
 from __future__ import annotations
